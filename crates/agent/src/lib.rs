@@ -1,0 +1,1 @@
+//! One host: reconciles desired instances and owns their VMM processes.

@@ -1,0 +1,1 @@
+//! The region: API services, accounts, reconcilers and scheduling.

@@ -1,0 +1,1 @@
+//! hearthd: control plane and agent, in one process or apart.

@@ -1,0 +1,1 @@
+//! gRPC and wire messages generated from proto/.

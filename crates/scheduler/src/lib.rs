@@ -1,0 +1,1 @@
+//! Pure placement: hosts in, decision out. No I/O, no clock of its own.

@@ -1,0 +1,1 @@
+//! Disk images: formats, import, export and image files.

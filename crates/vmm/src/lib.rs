@@ -1,0 +1,1 @@
+//! One microVM: KVM, memory, boot, ACPI, PCI and virtio devices, and the hearth-vmm program.

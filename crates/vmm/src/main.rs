@@ -1,0 +1,3 @@
+//! One microVM.
+
+fn main() {}
