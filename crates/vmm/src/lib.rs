@@ -1,1 +1,5 @@
 //! One microVM: KVM, memory, boot, ACPI, PCI and virtio devices, and the hearth-vmm program.
+
+pub mod bus;
+pub mod control;
+pub mod interrupt;

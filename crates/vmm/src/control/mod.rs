@@ -1,0 +1,3 @@
+//! The agent's side channel into a VMM: messages, and the socket they travel on.
+
+pub mod protocol;

@@ -1,0 +1,247 @@
+//! The messages between the host agent and one VMM process.
+//!
+//! Transport: an `AF_UNIX` `SOCK_SEQPACKET` socket, one message per packet, encoded with postcard. The VMM inherits a
+//! *listening* socket as file descriptor 3 (so that a restarted agent can connect again) and serves one connection at a
+//! time; a new connection replaces the old one. File descriptors travel as `SCM_RIGHTS` with the message that names them:
+//! an [`FdIndex`] is a position in that array. The VMM never opens a path itself.
+
+use serde::{Deserialize, Serialize};
+
+/// Refused when the two sides differ: both are installed together, only a re-adopted VMM can be older than its agent.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// File descriptor number at which the VMM inherits its listening control socket.
+pub const CONTROL_LISTENER_FD: i32 = 3;
+
+/// Largest message either side sends, in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
+
+/// Position of a file descriptor in the `SCM_RIGHTS` array of the same message.
+pub type FdIndex = u8;
+
+/// Everything one microVM is made of. Sent once, with all file descriptors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// EC2-style instance id (`i-` + 17 hex digits); SMBIOS asset tag.
+    pub instance_id: String,
+    /// SMBIOS system UUID; its text form starts with `ec2`. The system serial number is the same text.
+    pub uuid: [u8; 16],
+    /// SMBIOS product name, e.g. `t3.micro`.
+    pub instance_type: String,
+    /// Virtual CPUs, 1..=32.
+    pub vcpus: u8,
+    /// Guest memory in MiB, at least 128.
+    pub memory_mib: u64,
+    /// What to boot.
+    pub boot: BootSpec,
+    /// Virtio block devices in guest order; the first is the root disk.
+    pub disks: Vec<DiskSpec>,
+    /// Virtio network devices in guest order.
+    pub nics: Vec<NicSpec>,
+    /// COM1.
+    pub console: ConsoleSpec,
+    /// An open `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// An open `/dev/urandom` (or other entropy source) for virtio-rng; absent = no rng device.
+    pub rng: Option<FdIndex>,
+}
+
+/// Kernel, initrd and command line, as the agent found them in the root disk or was given them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSpec {
+    /// Kernel image: an ELF vmlinux with a PVH note, or a bzImage. Told apart by content.
+    pub kernel: FdIndex,
+    /// Initial RAM disk.
+    pub initrd: Option<FdIndex>,
+    /// Kernel command line without trailing NUL, at most 2047 bytes.
+    pub cmdline: String,
+}
+
+/// One virtio block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Up to 20 ASCII bytes: the volume id without its hyphen (`vol` + 17 hex digits).
+    pub serial: String,
+    /// A raw file or block device, opened read-write unless `read_only`.
+    pub file: FdIndex,
+    /// Offer VIRTIO_BLK_F_RO and fail writes.
+    pub read_only: bool,
+    /// Request queues, 1..=16.
+    pub queues: u16,
+}
+
+/// One virtio network device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicSpec {
+    /// Station address.
+    pub mac: [u8; 6],
+    /// MTU offered to the guest, in bytes.
+    pub mtu: u16,
+    /// A tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: FdIndex,
+}
+
+/// COM1's two host sides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleSpec {
+    /// A file of `CONSOLE_RING_HEADER + capacity` bytes that keeps the last output; see `console_ring`.
+    pub ring: FdIndex,
+    /// A listening `SOCK_STREAM` socket: each client gets the ring's backlog, then live output; its input reaches the guest.
+    pub listener: FdIndex,
+}
+
+/// Agent to VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the agent, echoed in the [`Reply`].
+    pub id: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// The verbs of the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// First message on every connection; answered by [`Outcome::Hello`].
+    Hello {
+        /// The agent's [`PROTOCOL_VERSION`].
+        version: u16,
+    },
+    /// Build the machine (not yet running). Only once per process.
+    Create(Box<MachineSpec>),
+    /// Let the vCPUs run.
+    Start,
+    /// Stop the vCPUs where they are; devices finish what is in flight.
+    Pause,
+    /// Undo `Pause`.
+    Resume,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Counters and state; answered by [`Outcome::Stats`].
+    Stats,
+    /// Flush disks and exit with [`exit::KILLED`], whatever the guest does.
+    Kill,
+}
+
+/// VMM to agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Message {
+    /// Answers one [`Request`].
+    Reply(Reply),
+    /// Pushed unasked.
+    Event(Event),
+}
+
+/// Answer to the request with the same id.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// [`Request::id`].
+    pub id: u64,
+    /// Result, or an error text an operator can act on.
+    pub outcome: Result<Outcome, String>,
+}
+
+/// What a request yields.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Done, nothing to tell.
+    Done,
+    /// Who is there.
+    Hello {
+        /// The VMM's [`PROTOCOL_VERSION`].
+        version: u16,
+        /// Instance id of the machine, empty before `Create`.
+        instance_id: String,
+        /// Where the machine stands.
+        state: MachineState,
+    },
+    /// Counters.
+    Stats(Box<Stats>),
+}
+
+/// Life of the machine inside one VMM process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineState {
+    /// No `Create` yet.
+    Empty,
+    /// Built, vCPUs not started.
+    Created,
+    /// vCPUs run.
+    Running,
+    /// vCPUs stopped by `Pause`.
+    Paused,
+}
+
+/// Pushed by the VMM; the exit code of the process says the same for an agent that was away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The guest powered off by ACPI S5; the process exits with [`exit::POWER_OFF`].
+    PoweredOff,
+    /// The guest asked for a reset; the process exits with [`exit::RESET`].
+    Reset,
+    /// A vCPU hit a triple fault or an unrecoverable state; the process exits with [`exit::GUEST_CRASH`].
+    GuestCrashed,
+    /// The guest kernel reported a panic (pvpanic); it may still reset by itself.
+    GuestPanicked,
+}
+
+/// Counters since `Create`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// KVM exits by kind, e.g. `io_out`, `mmio_write`, `hlt`.
+    pub exits: Vec<(String, u64)>,
+    /// Nanoseconds from process start until `Start` was done.
+    pub start_ns: u64,
+    /// Per disk, in spec order.
+    pub disks: Vec<DiskStats>,
+    /// Per NIC, in spec order.
+    pub nics: Vec<NicStats>,
+}
+
+/// One disk's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// Completed requests.
+    pub read_ops: u64,
+    /// Completed requests.
+    pub write_ops: u64,
+    /// Bytes.
+    pub read_bytes: u64,
+    /// Bytes.
+    pub write_bytes: u64,
+    /// Completed FLUSH requests.
+    pub flush_ops: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// One NIC's counters, as the guest sees directions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStats {
+    /// Packets to the guest.
+    pub rx_packets: u64,
+    /// Bytes to the guest.
+    pub rx_bytes: u64,
+    /// Packets from the guest.
+    pub tx_packets: u64,
+    /// Bytes from the guest.
+    pub tx_bytes: u64,
+}
+
+/// Exit codes of the `hearth-vmm` process.
+pub mod exit {
+    /// The guest powered off (ACPI S5).
+    pub const POWER_OFF: i32 = 0;
+    /// Wrong invocation or broken control message before `Create`.
+    pub const USAGE: i32 = 2;
+    /// The guest asked for a reset; start a fresh process to reboot.
+    pub const RESET: i32 = 10;
+    /// Triple fault, KVM internal error or shutdown exit.
+    pub const GUEST_CRASH: i32 = 11;
+    /// `Kill` was obeyed.
+    pub const KILLED: i32 = 12;
+    /// The host failed (out of memory, KVM ioctl, lost backing file).
+    pub const HOST_ERROR: i32 = 13;
+    /// A seccomp rule was broken (SIGSYS handler), or another internal bug.
+    pub const INTERNAL: i32 = 14;
+}
