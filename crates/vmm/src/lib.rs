@@ -3,3 +3,5 @@
 pub mod bus;
 pub mod control;
 pub mod interrupt;
+pub mod pci;
+pub mod virtio;
