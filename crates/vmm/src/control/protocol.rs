@@ -13,6 +13,13 @@ pub const PROTOCOL_VERSION: u16 = 1;
 /// File descriptor number at which the VMM inherits its listening control socket.
 pub const CONTROL_LISTENER_FD: i32 = 3;
 
+/// File descriptor number at which the VMM inherits the instance's lock file, if its parent has one. The parent holds an
+/// exclusive `flock` on it; the VMM keeps the descriptor open until it ends and with it the lock, so that nobody starts a
+/// second VMM for the instance. Just before it exits, the VMM writes its [`exit`] code as a little-endian `i32` at offset 0
+/// (the parent empties the file before the start): an agent that was away learns from it how the VMM ended. A VMM that was
+/// killed leaves the file empty. A closed descriptor 4 is no error.
+pub const LOCK_FD: i32 = 4;
+
 /// Largest message either side sends, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 
