@@ -2,12 +2,13 @@
 //!
 //! One trait, [`Store`], with etcd's contract: multi-version keys, transactions that compare before
 //! they write, ordered watches that can resume from any kept revision, leases, compaction. The
-//! default backend is `sqlite::SqliteStore`, one file on the control plane's disk.
+//! default backend is [`sqlite::SqliteStore`], one file on the control plane's disk.
 
 mod error;
 pub mod leader;
 pub mod limits;
 mod model;
+pub mod sqlite;
 
 mod store;
 mod watch;

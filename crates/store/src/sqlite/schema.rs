@@ -1,0 +1,219 @@
+//! Files, connections and tables of the SQLite backend.
+//!
+//! Three tables carry the contract:
+//! - `kv`: the present value of every key;
+//! - `log`: one row per change with the key's state *before* it. A read at an old revision takes a
+//!   key's first log row above that revision; a watch takes the state before the key's next change
+//!   as the state after this one. So history is dropped by deleting the log's oldest rows, and
+//!   nothing that is still readable ever depends on a dropped row;
+//! - `lease`: the granted leases. Deadlines live in memory only.
+//!
+//! `meta` holds the schema version, the newest revision and the compacted revision.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
+
+use crate::error::{Error, Result};
+use crate::model::Revision;
+
+/// Schema version that this release writes.
+pub(super) const SCHEMA_VERSION: i64 = 1;
+/// Marks the file as a hearth store (`PRAGMA application_id`, <https://sqlite.org/fileformat2.html>): "hrth".
+const APPLICATION_ID: i64 = 0x6872_7468;
+/// Page size in bytes: a power of two that holds a few typical objects.
+pub(super) const PAGE_BYTES: u64 = 4096;
+/// Size of the write-ahead log, in pages, from which it is copied back into the database file.
+const CHECKPOINT_PAGES: u32 = 4000;
+
+const TABLES: &str = "
+CREATE TABLE meta (
+    name  TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE kv (
+    key             TEXT PRIMARY KEY,
+    value           BLOB NOT NULL,
+    create_revision INTEGER NOT NULL,
+    mod_revision    INTEGER NOT NULL,
+    version         INTEGER NOT NULL,
+    lease           INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX kv_lease ON kv (lease) WHERE lease IS NOT NULL;
+CREATE TABLE log (
+    revision             INTEGER NOT NULL,
+    seq                  INTEGER NOT NULL,
+    key                  TEXT NOT NULL,
+    deleted              INTEGER NOT NULL,
+    prev_value           BLOB,
+    prev_create_revision INTEGER,
+    prev_mod_revision    INTEGER,
+    prev_version         INTEGER,
+    prev_lease           INTEGER,
+    PRIMARY KEY (revision, seq)
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX log_key ON log (key, revision);
+CREATE TABLE lease (
+    id     INTEGER PRIMARY KEY AUTOINCREMENT,
+    ttl_ms INTEGER NOT NULL
+) STRICT;
+INSERT INTO meta VALUES ('schema_version', 1), ('revision', 0), ('compacted', 0);
+";
+
+/// Creates an empty database file, readable by its owner only, if there is none. SQLite gives its
+/// side files the same mode.
+pub(super) fn create_file(path: &Path) -> Result<()> {
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Ok(_) => sync_directory(path),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(Error::io("cannot create store", path, &e)),
+    }
+}
+
+/// Makes a created or renamed file's directory entry durable.
+pub(super) fn sync_directory(path: &Path) -> Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    File::open(&parent).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("cannot sync directory", parent, &e))
+}
+
+/// Opens the writer's connection, creates the tables in a new file, and checks an old one.
+pub(super) fn open_writer(path: &Path, max_bytes: u64) -> Result<Connection> {
+    let conn = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    let run = |action: &'static str, sql: &str| conn.execute_batch(sql).map_err(|e| sql_error(path, action, &e));
+    identify(&conn, path)?;
+    run("cannot configure", &format!("PRAGMA page_size = {PAGE_BYTES}"))?;
+    let mode: String = conn
+        .query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))
+        .map_err(|e| sql_error(path, "cannot configure", &e))?;
+    if mode != "wal" {
+        let detail = format!("its file system does not support write-ahead logging (mode {mode})");
+        return Err(Error::Backend { action: "cannot configure", path: path.to_owned(), detail });
+    }
+    run(
+        "cannot configure",
+        &format!(
+            "PRAGMA synchronous = FULL;
+             PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+             PRAGMA journal_size_limit = {};
+             PRAGMA max_page_count = {};",
+            u64::from(CHECKPOINT_PAGES) * PAGE_BYTES * 2,
+            (max_bytes / PAGE_BYTES).max(1),
+        ),
+    )?;
+    if identify(&conn, path)? == Identity::Empty {
+        // One transaction: a crash leaves either an empty file or a whole store.
+        run(
+            "cannot create tables in",
+            &format!("BEGIN IMMEDIATE; {TABLES} PRAGMA application_id = {APPLICATION_ID}; COMMIT;"),
+        )?;
+    }
+    check(&conn, path)?;
+    Ok(conn)
+}
+
+/// Opens a connection for reading.
+pub(super) fn open_reader(path: &Path) -> Result<Connection> {
+    connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+}
+
+fn connect(path: &Path, mode: OpenFlags) -> Result<Connection> {
+    let conn = Connection::open_with_flags(path, mode | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+        .map_err(|e| sql_error(path, "cannot open", &e))?;
+    conn.set_prepared_statement_cache_capacity(32);
+    conn.busy_timeout(Duration::from_secs(10)).map_err(|e| sql_error(path, "cannot configure", &e))?;
+    conn.execute_batch(
+        "PRAGMA cache_size = -16384;
+         PRAGMA temp_store = MEMORY;
+         PRAGMA cell_size_check = ON;
+         PRAGMA trusted_schema = OFF;",
+    )
+    .map_err(|e| sql_error(path, "cannot configure", &e))?;
+    Ok(conn)
+}
+
+#[derive(PartialEq, Eq)]
+enum Identity {
+    Empty,
+    Store,
+}
+
+/// Tells an empty database from a store, and refuses anything else.
+fn identify(conn: &Connection, path: &Path) -> Result<Identity> {
+    let failed = |e: rusqlite::Error| match e.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => Error::NotAStore {
+            path: path.to_owned(),
+            reason: "it is no SQLite database, or its header is damaged".to_owned(),
+        },
+        _ => sql_error(path, "cannot read", &e),
+    };
+    let id: i64 = conn.query_row("PRAGMA application_id", [], |row| row.get(0)).map_err(failed)?;
+    let tables: i64 = conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(failed)?;
+    match (id, tables) {
+        (APPLICATION_ID, 1..) => Ok(Identity::Store),
+        (0, 0) => Ok(Identity::Empty),
+        _ => Err(Error::NotAStore {
+            path: path.to_owned(),
+            reason: format!("it is an SQLite database of something else (application id {id:#x}, {tables} tables)"),
+        }),
+    }
+}
+
+/// Refuses a newer schema and a damaged file.
+fn check(conn: &Connection, path: &Path) -> Result<()> {
+    let found = read_meta(conn, path, "schema_version")?;
+    if found > SCHEMA_VERSION {
+        return Err(Error::NewerSchema { path: path.to_owned(), found, supported: SCHEMA_VERSION });
+    }
+    if found < 1 {
+        return Err(corrupt(path, format!("schema version {found}")));
+    }
+    let verdict: String = conn
+        .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+        .map_err(|e| sql_error(path, "cannot check", &e))?;
+    if verdict != "ok" {
+        return Err(corrupt(path, verdict));
+    }
+    let revision = read_meta(conn, path, "revision")?;
+    let compacted = read_meta(conn, path, "compacted")?;
+    let logged: Option<Revision> = conn
+        .query_row("SELECT max(revision) FROM log", [], |row| row.get(0))
+        .map_err(|e| sql_error(path, "cannot check", &e))?;
+    if !(0 <= compacted && compacted <= revision && logged.unwrap_or(0) <= revision) {
+        let detail =
+            format!("revision {revision}, compacted {compacted}, newest logged {logged:?} do not fit together");
+        return Err(corrupt(path, detail));
+    }
+    Ok(())
+}
+
+/// Reads one number of the `meta` table.
+pub(super) fn read_meta(conn: &Connection, path: &Path, name: &str) -> Result<i64> {
+    conn.prepare_cached("SELECT value FROM meta WHERE name = ?1")
+        .and_then(|mut statement| statement.query_row([name], |row| row.get(0)).optional())
+        .map_err(|e| sql_error(path, "cannot read", &e))?
+        .ok_or_else(|| corrupt(path, format!("it has no {name}")))
+}
+
+/// A damaged store.
+pub(super) fn corrupt(path: &Path, detail: impl Into<String>) -> Error {
+    Error::Corrupt { path: path.to_owned(), detail: detail.into() }
+}
+
+/// Sorts SQLite's errors by what the operator has to do.
+pub(super) fn sql_error(path: &Path, action: &'static str, error: &rusqlite::Error) -> Error {
+    let detail = error.to_string();
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => corrupt(path, detail),
+        Some(ErrorCode::DiskFull) => Error::NoSpace {
+            path: path.to_owned(),
+            detail: "its file system or its size limit is full: make room, or compact it".to_owned(),
+        },
+        _ => Error::Backend { action, path: path.to_owned(), detail },
+    }
+}
