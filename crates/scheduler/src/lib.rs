@@ -7,14 +7,24 @@
 //! Ids of hosts and allocations are the caller's own types. All other names (zones, racks, labels, groups, images) are
 //! texts.
 
+mod amounts;
+mod engine;
+mod explain;
+mod grid;
+mod groups;
+mod hash;
 mod host;
+mod host_set;
 mod no_capacity;
+mod place;
 mod request;
 mod resources;
+mod rules;
 mod scheduler;
 
 pub use host::{HostSpec, HostState, HostView};
 pub use no_capacity::{Exclusion, NoCapacity, ReserveError, Shortfall};
+pub use place::MAX_PARTITIONS;
 pub use request::{GroupStrategy, Placement, PlacementGroup, Request, Reservation, SpreadLevel, Strategy};
 pub use resources::{Overcommit, Resource, ResourceVector};
 pub use scheduler::{Config, Key, Scheduler};
