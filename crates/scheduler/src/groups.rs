@@ -1,6 +1,7 @@
 //! Groups of allocations: who stands where, so that each rule is one look-up per host.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::hash::NumberMap;
@@ -115,10 +116,10 @@ impl Group {
         self.domains.contains_key(&domain)
     }
 
-    /// Whether a rack holds members of another partition than this one.
-    pub(crate) fn other_partition_uses(&self, domain: u32, partition: u32) -> bool {
-        self.domains.get(&domain).is_some_and(|used| used.partition != partition)
-            || self.strays.iter().any(|stray| stray.0 == domain)
+    /// Whether a rack holds no members of any but the `allowed` partitions, and of one partition at most.
+    pub(crate) fn domain_is_for(&self, domain: u32, allowed: RangeInclusive<u32>) -> bool {
+        self.domains.get(&domain).is_none_or(|used| allowed.contains(&used.partition))
+            && !self.strays.iter().any(|stray| stray.0 == domain)
     }
 
     pub(crate) fn members_in_zone(&self, zone: u32) -> u32 {

@@ -1,5 +1,7 @@
 //! Decisions: one place, several places, another place.
 
+use std::ops::RangeInclusive;
+
 use crate::amounts::Amounts;
 use crate::grid::Target;
 use crate::groups::{GroupKind, Place};
@@ -162,28 +164,29 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         let GroupStrategy::Partition { count, number } = group.strategy else {
             return self.engine.choose(rules).map(|slot| (slot, None));
         };
-        let count = count.min(MAX_PARTITIONS);
-        let found = self.engine.groups.find(GroupKind::Placement, &group.name);
-        let mut numbers: Vec<u32> = match number {
-            Some(number) => (1..=count).contains(&number).then_some(number).into_iter().collect(),
-            None => (1..=count).collect(),
+        let all = match number {
+            Some(number) if number > count.min(MAX_PARTITIONS) => 1..=0,
+            Some(number) => number..=number,
+            None => 1..=count.min(MAX_PARTITIONS),
         };
+        let found = self.engine.groups.find(GroupKind::Placement, &group.name);
+        let allow = |partitions: RangeInclusive<u32>| match found {
+            _ if partitions.is_empty() || *partitions.start() == 0 => PlacementRule::Nowhere,
+            Some(group) => PlacementRule::Partition { group, first: *partitions.start(), last: *partitions.end() },
+            None => PlacementRule::Any,
+        };
+        let mut numbers: Vec<u32> = all.clone().collect();
         if let Some(group) = found.and_then(|group| self.engine.groups.get(group)) {
             numbers.sort_by_key(|number| group.members_in_partition(*number));
         }
-        for partition in numbers {
-            rules.placement = found.map_or(PlacementRule::Any, |group| PlacementRule::Partition { group, partition });
+        for number in numbers {
+            rules.placement = allow(number..=number);
             if let Some(slot) = self.engine.choose(rules) {
-                return Some((slot, Some(partition)));
+                return Some((slot, Some(number)));
             }
         }
-        // For the explanation: with any partition allowed, the group excludes no host that is not another's.
-        rules.placement = match number {
-            Some(number) if !(1..=count).contains(&number) => PlacementRule::Nowhere,
-            Some(_) => rules.placement,
-            None if count == 0 => PlacementRule::Nowhere,
-            None => PlacementRule::Any,
-        };
+        // What the refusal shall explain: no partition found a place.
+        rules.placement = allow(all);
         None
     }
 

@@ -18,8 +18,8 @@ pub(crate) enum PlacementRule {
     OtherHosts(u32),
     /// Not in a rack that holds a member.
     OtherRacks(u32),
-    /// Not in a rack that holds another partition's member.
-    Partition { group: u32, partition: u32 },
+    /// Not in a rack that holds another partition's member: one partition is allowed, or any of several.
+    Partition { group: u32, first: u32, last: u32 },
     /// In the zone and, if members stand in any, the racks of the members.
     Near { group: u32, racks: bool },
     /// Only in this zone and rack (trying where a whole cluster group can start).
@@ -153,8 +153,8 @@ impl Rules {
             PlacementRule::OtherRacks(group) => {
                 facts.groups.get(group).is_none_or(|group| !group.uses_domain(place.domain))
             }
-            PlacementRule::Partition { group, partition } => {
-                facts.groups.get(group).is_none_or(|group| !group.other_partition_uses(place.domain, partition))
+            PlacementRule::Partition { group, first, last } => {
+                facts.groups.get(group).is_none_or(|group| group.domain_is_for(place.domain, first..=last))
             }
             PlacementRule::Near { group, racks } => facts.groups.get(group).is_some_and(|group| {
                 group.members_in_zone(place.zone) > 0 && (!racks || group.uses_domain(place.domain))

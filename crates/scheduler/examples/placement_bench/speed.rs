@@ -1,0 +1,209 @@
+//! How fast decisions are, with the id types that the control plane uses.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hearth_scheduler::{
+    Config, GroupStrategy, HostSpec, Overcommit, PlacementGroup, Request, ResourceVector, Scheduler, SpreadLevel,
+};
+use hearth_types::{HostId, InstanceId};
+
+use crate::workload::Random;
+
+/// What requests ask for besides vCPUs and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scenario {
+    /// One anti-affinity rule: groups of 8 machines on distinct hosts.
+    AntiAffinity,
+    /// Everything: 3 zones, two architectures, ECU, instance store, bandwidths, rack-spread placement groups, an image
+    /// that a tenth of the hosts hold.
+    Everything,
+}
+
+#[derive(Debug)]
+pub struct Figures {
+    pub hosts: u32,
+    pub live: usize,
+    pub placements_per_second: f64,
+    pub releases_per_second: f64,
+    pub p50: Duration,
+    pub p99: Duration,
+    pub p999: Duration,
+    pub refusals: u64,
+}
+
+const GROUP_SIZE: u64 = 8;
+const BATCH: usize = 1000;
+/// Part of the memory that is in use while decisions are timed.
+const FILL_PERCENT: u64 = 80;
+
+fn instance(number: u64) -> Result<InstanceId, String> {
+    format!("i-{:017x}", number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 1).parse().map_err(|e| format!("{e}"))
+}
+
+fn host_id(number: u32) -> Result<HostId, String> {
+    format!("h-{number:017x}").parse().map_err(|e| format!("{e}"))
+}
+
+pub struct Cloud {
+    scenario: Scenario,
+    scheduler: Scheduler<HostId, InstanceId>,
+    random: Random,
+    live: Vec<InstanceId>,
+    next: u64,
+    images: Vec<Arc<str>>,
+    zones: Vec<Arc<str>>,
+    refusals: u64,
+}
+
+impl Cloud {
+    /// A cloud whose hosts (64 vCPUs, 192 GiB) are filled for the most part.
+    pub fn new(hosts: u32, scenario: Scenario, seed: u64) -> Result<Self, String> {
+        let zones: Vec<Arc<str>> = ["az-a", "az-b", "az-c"].map(Arc::from).into();
+        let images: Vec<Arc<str>> = (0..10).map(|n| Arc::from(format!("ami-{n:017x}"))).collect();
+        let mut scheduler = Scheduler::new(Config { seed, ..Config::default() });
+        for number in 0..hosts {
+            let capacity = ResourceVector { vcpus: 64, memory_mib: 192 << 10, ..ResourceVector::default() };
+            let mut spec = HostSpec::new(host_id(number)?, "az-a", capacity);
+            if scenario == Scenario::Everything {
+                spec.zone = zones[number as usize % 3].clone();
+                spec.rack = Some(format!("rack-{}", number / 120).into());
+                spec.capacity.ecu_milli = 256_000;
+                spec.capacity.instance_store_bytes = 4 << 40;
+                spec.capacity.ebs_mbps = 40_000;
+                spec.capacity.network_mbps = 50_000;
+                spec.overcommit = Overcommit { vcpus_permille: 2000, ..Overcommit::default() };
+                let arch = if number % 5 == 0 { "arm64" } else { "x86_64" };
+                spec.labels.insert("arch".into(), arch.into());
+                spec.images.insert(images[number as usize / 3 % images.len()].clone());
+            }
+            scheduler.upsert_host(spec);
+        }
+        let random = Random(seed ^ 0x5eed);
+        let mut cloud = Self { scenario, scheduler, random, live: Vec::new(), next: 0, images, zones, refusals: 0 };
+        let total = u64::from(hosts) * (192 << 10);
+        let mut used = 0;
+        while used < total * FILL_PERCENT / 100 {
+            let (id, request) = cloud.request()?;
+            if cloud.place(id, &request) {
+                used += request.resources.memory_mib;
+            } else if cloud.refusals > 1000 {
+                break;
+            }
+        }
+        cloud.refusals = 0;
+        Ok(cloud)
+    }
+
+    fn request(&mut self) -> Result<(InstanceId, Request<HostId>), String> {
+        let mut resources = self.random.size();
+        let group: Arc<str> = format!("group-{}", self.next / GROUP_SIZE).into();
+        let id = instance(self.next)?;
+        self.next += 1;
+        if self.scenario == Scenario::AntiAffinity {
+            let mut request = Request::new(resources);
+            request.groups = vec![group.clone()];
+            request.anti_affinity = vec![group];
+            return Ok((id, request));
+        }
+        resources.ecu_milli = u64::from(resources.vcpus) * 1500;
+        resources.ebs_mbps = u64::from(resources.vcpus) * 150;
+        resources.network_mbps = u64::from(resources.vcpus) * 200;
+        if self.random.below(8) == 0 {
+            resources.instance_store_bytes = u64::from(resources.vcpus) * (60 << 30);
+        }
+        let mut request = Request::new(resources);
+        request.zone = Some(self.zones[self.random.below(3) as usize].clone());
+        let arch = if self.random.below(5) == 0 { "arm64" } else { "x86_64" };
+        request.labels = vec![("arch".into(), arch.into())];
+        request.placement_group = Some(PlacementGroup {
+            name: group,
+            strategy: GroupStrategy::Spread { level: SpreadLevel::Rack, max_per_zone: Some(7) },
+        });
+        request.prefer_image = Some(self.images[self.random.below(10) as usize].clone());
+        Ok((id, request))
+    }
+
+    fn place(&mut self, id: InstanceId, request: &Request<HostId>) -> bool {
+        match self.scheduler.place(id.clone(), request) {
+            Ok(_) => self.live.push(id),
+            Err(_) => {
+                self.refusals += 1;
+                return false;
+            }
+        }
+        true
+    }
+
+    fn draw_victims(&mut self, count: usize) -> Vec<InstanceId> {
+        let count = count.min(self.live.len());
+        (0..count)
+            .map(|_| {
+                let drawn = self.random.below(self.live.len() as u64) as usize;
+                self.live.swap_remove(drawn)
+            })
+            .collect()
+    }
+
+    /// Times `rounds` rounds of releases of random machines and as many placements; then the same once more, each
+    /// decision by itself.
+    pub fn measure(&mut self, placements: usize) -> Result<Figures, String> {
+        let batch = BATCH.min(self.live.len() / 10).max(1);
+        let rounds = placements.div_ceil(batch);
+        let (mut placing, mut releasing) = (Duration::ZERO, Duration::ZERO);
+        for _ in 0..rounds {
+            let (victims, requests) = self.round(batch)?;
+            let start = Instant::now();
+            for victim in &victims {
+                self.scheduler.release(victim);
+            }
+            releasing += start.elapsed();
+            let ids: Vec<InstanceId> = requests.iter().map(|(id, _)| id.clone()).collect();
+            let start = Instant::now();
+            let mut placed = 0u64;
+            for (id, request) in &requests {
+                // The clone of the id is part of the price: the scheduler keeps one.
+                placed += u64::from(self.scheduler.place(id.clone(), request).is_ok());
+            }
+            placing += start.elapsed();
+            self.refusals += requests.len() as u64 - placed;
+            let placed_ids = ids.into_iter().filter(|id| self.scheduler.allocation(id).is_some());
+            self.live.extend(placed_ids);
+        }
+        let mut single = Vec::with_capacity(rounds.min(500) * batch);
+        for _ in 0..rounds.min(500) {
+            let (victims, requests) = self.round(batch)?;
+            for victim in &victims {
+                self.scheduler.release(victim);
+            }
+            for (id, request) in requests {
+                let start = Instant::now();
+                let placed = self.scheduler.place(id.clone(), &request).is_ok();
+                single.push(start.elapsed());
+                if placed {
+                    self.live.push(id);
+                }
+            }
+        }
+        single.sort_unstable();
+        let quantile = |part: f64| single.get((single.len() as f64 * part) as usize).copied().unwrap_or_default();
+        let count = (rounds * batch) as f64;
+        Ok(Figures {
+            hosts: self.scheduler.hosts().count() as u32,
+            live: self.live.len(),
+            placements_per_second: count / placing.as_secs_f64(),
+            releases_per_second: count / releasing.as_secs_f64(),
+            p50: quantile(0.5),
+            p99: quantile(0.99),
+            p999: quantile(0.999),
+            refusals: self.refusals,
+        })
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn round(&mut self, batch: usize) -> Result<(Vec<InstanceId>, Vec<(InstanceId, Request<HostId>)>), String> {
+        let victims = self.draw_victims(batch);
+        let requests = (0..batch).map(|_| self.request()).collect::<Result<_, _>>()?;
+        Ok((victims, requests))
+    }
+}
