@@ -4,6 +4,8 @@
 //! they write, ordered watches that can resume from any kept revision, leases, compaction. The
 //! default backend is [`sqlite::SqliteStore`], one file on the control plane's disk.
 
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
 mod error;
 pub mod leader;
 pub mod limits;

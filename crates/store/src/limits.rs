@@ -3,7 +3,7 @@
 //! They are those of the weakest backend (etcd's server defaults: 128 operations per transaction,
 //! 1.5 MiB per request), so that a control plane developed on SQLite runs unchanged on etcd.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -97,7 +97,7 @@ pub fn check_txn(txn: &Txn) -> Result<()> {
             check_value(key, equals.len())?;
         }
     }
-    let mut puts = HashSet::new();
+    let mut puts: BTreeSet<&str> = BTreeSet::new();
     for op in &txn.ops {
         match op {
             Op::Put { key, value, .. } => {
@@ -115,7 +115,7 @@ pub fn check_txn(txn: &Txn) -> Result<()> {
         let hit = match op {
             Op::Put { .. } => None,
             Op::Delete { key } => puts.get(key.as_str()),
-            Op::DeletePrefix { prefix } => puts.iter().find(|key| key.starts_with(prefix.as_str())),
+            Op::DeletePrefix { prefix } => puts.range(prefix.as_str()..).next().filter(|key| key.starts_with(prefix)),
         };
         if let Some(key) = hit {
             return Err(Error::DuplicateKey { key: (*key).to_owned() });
