@@ -1,0 +1,6 @@
+//! ACPI, hardware-reduced: the tables a stock kernel reads, and the few registers behind them.
+
+pub mod dsdt;
+pub mod ged;
+pub mod power;
+pub mod tables;

@@ -1,0 +1,87 @@
+//! What happens to the machine as a whole, from any thread to the control thread.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Something the agent must learn of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest powered off (ACPI S5).
+    PoweredOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A vCPU cannot go on for reasons inside the guest.
+    Crashed(String),
+    /// The guest kernel reported a panic.
+    Panicked,
+    /// The host let the machine down.
+    HostFailed(String),
+}
+
+/// Where devices and vCPUs report.
+pub trait EventSink: Send + Sync {
+    /// Reports `event`. Must not block; events beyond the sink's capacity are dropped.
+    fn raise(&self, event: MachineEvent);
+}
+
+/// Most events kept until the control thread takes them: a guest can raise them in a loop.
+const CAPACITY: usize = 16;
+
+/// An [`EventSink`] that wakes an event loop.
+#[derive(Debug)]
+pub struct EventQueue {
+    pending: Mutex<Vec<MachineEvent>>,
+    wake: EventFd,
+}
+
+impl EventQueue {
+    /// An empty queue.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { pending: Mutex::new(Vec::new()), wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
+    }
+
+    /// Readable when events wait.
+    pub fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Takes all events, oldest first.
+    pub fn take(&self) -> Vec<MachineEvent> {
+        // Nothing to read only means that another `take` was quicker.
+        let _ = self.wake.read();
+        std::mem::take(&mut self.pending.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl EventSink for EventQueue {
+    fn raise(&self, event: MachineEvent) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        if pending.len() < CAPACITY && !pending.contains(&event) {
+            pending.push(event);
+        }
+        drop(pending);
+        // The counter can only be full if the control thread has long been told.
+        let _ = self.wake.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_cannot_fill_memory_with_events() {
+        let queue = EventQueue::new().unwrap();
+        for i in 0..1000 {
+            queue.raise(MachineEvent::Panicked);
+            queue.raise(MachineEvent::Crashed(i.to_string()));
+        }
+        assert_eq!(queue.take().len(), CAPACITY);
+        assert!(queue.take().is_empty());
+        queue.raise(MachineEvent::Reset);
+        assert_eq!(queue.wake_fd().read().unwrap(), 1);
+        assert_eq!(queue.take(), vec![MachineEvent::Reset]);
+    }
+}
