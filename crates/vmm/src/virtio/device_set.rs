@@ -8,7 +8,11 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
+use hearth_block::{Engine, RawFile, Volume};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::BusDevice;
@@ -16,6 +20,22 @@ use crate::control::protocol::{DiskStats, NicStats};
 use crate::interrupt::{IoEventRegistry, MsiSender};
 use crate::pci::{PciBus, PciLayout};
 use crate::virtio::VirtioError;
+use crate::virtio::backend::Backend;
+use crate::virtio::block::{self, BlockBackend};
+use crate::virtio::io_thread::{Command, CommandSender, IoDevice, IoLoop, eventfd};
+use crate::virtio::net::{self, Link, NetBackend, Tap};
+use crate::virtio::rng::{self, RngBackend};
+use crate::virtio::shared::DeviceShared;
+use crate::virtio::transport::{BAR_BYTES, Profile, VirtioPci};
+
+/// virtio-blk's serial field.
+const SERIAL_BYTES: usize = 20;
+/// Request queues per disk: with the configuration vector they fit the MSI-X table.
+const QUEUES_MAX: u16 = 16;
+/// The I/O thread's stack: no recursion, no large buffers.
+const STACK_BYTES: usize = 256 * 1024;
+/// How often a waiting caller looks whether the I/O thread still lives.
+const LIVENESS: Duration = Duration::from_millis(100);
 
 /// One disk: what the guest sees and what is behind it.
 pub struct Disk {
@@ -66,12 +86,30 @@ pub struct Platform {
 /// The built devices, before and after their I/O thread starts.
 pub struct DeviceSet {
     bus: Arc<PciBus>,
+    commands: CommandSender,
+    io_loop: Option<IoLoop>,
 }
 
 impl DeviceSet {
     /// Builds bus and devices; nothing runs yet and no guest memory is touched.
-    pub fn build(_devices: DeviceList, platform: Platform) -> Result<Self, VirtioError> {
-        Ok(Self { bus: Arc::new(PciBus::new(platform.layout)) })
+    pub fn build(devices: DeviceList, platform: Platform) -> Result<Self, VirtioError> {
+        let mut builder = Builder::new(platform)?;
+        for disk in devices.disks {
+            builder.add_disk(disk)?;
+        }
+        for (index, nic) in devices.nics.into_iter().enumerate() {
+            let link = Tap::new(nic.tap).map_err(|(what, source)| VirtioError::Tap { index, what, source })?;
+            builder.add_nic(index, nic.mac, nic.mtu, Box::new(link))?;
+        }
+        if let Some(source) = devices.rng {
+            builder.add_rng(source)?;
+        }
+        builder.finish()
+    }
+
+    /// The bus, for hot-plug and tests.
+    pub fn bus(&self) -> &Arc<PciBus> {
+        &self.bus
     }
 
     /// Configuration access by ports: register for `0xCF8..=0xCFF`.
@@ -84,14 +122,115 @@ impl DeviceSet {
         self.bus.mmio_devices()
     }
 
-    /// Spawns the I/O thread. `on_start` runs first in that thread (seccomp filter, thread name in logs).
-    /// Call once; devices answer configuration accesses before, but queues move only after.
+    /// Spawns the I/O thread. `on_start` runs first in that thread (seccomp filter, thread name in logs); its error ends
+    /// the thread. Call once; devices answer register accesses before, but queues move only after.
     pub fn start(
         &mut self,
         on_start: impl FnOnce() -> std::io::Result<()> + Send + 'static,
     ) -> Result<IoThread, VirtioError> {
-        let _ = on_start;
-        Ok(IoThread {})
+        let io_loop = self.io_loop.take().ok_or(VirtioError::AlreadyStarted)?;
+        let thread = std::thread::Builder::new()
+            .name("io".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                on_start().map_err(|source| VirtioError::Setup { what: "thread start hook", source })?;
+                io_loop.run()
+            })
+            .map_err(|source| VirtioError::Setup { what: "thread", source })?;
+        Ok(IoThread { commands: self.commands.clone(), thread: Some(thread) })
+    }
+}
+
+/// Puts devices on the bus one after the other.
+pub(crate) struct Builder {
+    platform: Platform,
+    bus: Arc<PciBus>,
+    commands: CommandSender,
+    devices: Vec<IoDevice>,
+}
+
+impl Builder {
+    pub(crate) fn new(platform: Platform) -> Result<Self, VirtioError> {
+        let bus = Arc::new(PciBus::new(platform.layout.clone()));
+        Ok(Self { bus, commands: CommandSender::new()?, devices: Vec::new(), platform })
+    }
+
+    pub(crate) fn add_disk(&mut self, disk: Disk) -> Result<(), VirtioError> {
+        let Disk { serial, file, read_only, queues } = disk;
+        let volume = RawFile::new(file, read_only, Engine::Auto)
+            .map_err(|source| VirtioError::Volume { serial: serial.clone(), source })?;
+        self.add_volume(&serial, Arc::new(volume), queues)
+    }
+
+    pub(crate) fn add_volume(&mut self, serial: &str, volume: Arc<dyn Volume>, queues: u16) -> Result<(), VirtioError> {
+        if serial.is_empty() || serial.len() > SERIAL_BYTES || !serial.is_ascii() {
+            return Err(VirtioError::BadSerial(serial.to_owned()));
+        }
+        if !(1..=QUEUES_MAX).contains(&queues) {
+            return Err(VirtioError::BadQueueCount { serial: serial.to_owned(), queues });
+        }
+        let profile = block::profile(volume.as_ref(), queues);
+        let config = block::config_space(volume.as_ref(), queues);
+        let memory = Arc::clone(&self.platform.memory);
+        let backend = BlockBackend::new(volume, serial, usize::from(queues), &memory);
+        self.add(format!("disk {serial}"), &profile, config, |_| Box::new(backend))
+    }
+
+    pub(crate) fn add_nic(
+        &mut self,
+        index: usize,
+        mac: [u8; 6],
+        mtu: u16,
+        link: Box<dyn Link>,
+    ) -> Result<(), VirtioError> {
+        if !(68..=65521).contains(&mtu) {
+            return Err(VirtioError::BadMtu { index, mtu });
+        }
+        let memory = Arc::clone(&self.platform.memory);
+        self.add(format!("network interface {index}"), &net::profile(), net::config_space(mac, mtu), |shared| {
+            Box::new(NetBackend::new(link, shared, mtu, &memory))
+        })
+    }
+
+    pub(crate) fn add_rng(&mut self, source: File) -> Result<(), VirtioError> {
+        let memory = Arc::clone(&self.platform.memory);
+        self.add("entropy source".into(), &rng::profile(), Vec::new(), |_| Box::new(RngBackend::new(source, &memory)))
+    }
+
+    fn add(
+        &mut self,
+        name: String,
+        profile: &Profile,
+        config: Vec<u8>,
+        backend: impl FnOnce(Arc<DeviceShared>) -> Box<dyn Backend>,
+    ) -> Result<(), VirtioError> {
+        let slot = self.bus.free_slot()?;
+        let window = &self.platform.layout.mmio64;
+        let address = window.start + slot as u64 * BAR_BYTES;
+        if address + BAR_BYTES > window.end {
+            return Err(VirtioError::WindowTooSmall(slot));
+        }
+        let queues = profile.queue_sizes.len();
+        let shared = Arc::new(DeviceShared::new(queues, config, Arc::clone(&self.platform.msi)));
+        let doorbells = (0..queues).map(|_| eventfd().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let function = VirtioPci::new(
+            profile,
+            self.devices.len(),
+            address,
+            Arc::clone(&shared),
+            &doorbells,
+            self.commands.clone(),
+            Arc::clone(&self.platform.ioevents),
+        );
+        let backend = backend(Arc::clone(&shared));
+        self.devices.push(IoDevice::new(name, shared, doorbells, backend));
+        self.bus.publish(slot, Arc::new(function))?;
+        Ok(())
+    }
+
+    pub(crate) fn finish(self) -> Result<DeviceSet, VirtioError> {
+        let io_loop = IoLoop::new(self.commands.clone(), self.platform.memory, self.devices)?;
+        Ok(DeviceSet { bus: self.bus, commands: self.commands, io_loop: Some(io_loop) })
     }
 }
 
@@ -104,27 +243,66 @@ pub struct DeviceStats {
     pub nics: Vec<NicStats>,
 }
 
-/// Handle of the running I/O thread. Dropping it stops the thread without flushing.
-pub struct IoThread {}
+/// Handle of the running I/O thread. Dropping it finishes what is in flight and ends the thread without flushing.
+pub struct IoThread {
+    commands: CommandSender,
+    thread: Option<JoinHandle<Result<(), VirtioError>>>,
+}
 
 impl IoThread {
     /// Stops taking new requests and waits until those in flight are done. Call with the vCPUs stopped.
     pub fn pause(&self) -> Result<(), VirtioError> {
-        Ok(())
+        self.ask(|done| Command::Pause { done })
     }
 
     /// Undoes `pause`.
     pub fn resume(&self) -> Result<(), VirtioError> {
-        Ok(())
+        self.ask(|done| Command::Resume { done })
     }
 
     /// Counters so far.
     pub fn stats(&self) -> Result<DeviceStats, VirtioError> {
-        Ok(DeviceStats::default())
+        self.ask(|reply| Command::Stats { reply })
     }
 
-    /// Finishes what is in flight, makes every writable disk durable (fdatasync) and ends the thread.
-    pub fn stop(self) -> Result<(), VirtioError> {
-        Ok(())
+    /// Finishes what is in flight, makes every disk durable (fdatasync) and ends the thread.
+    pub fn stop(mut self) -> Result<(), VirtioError> {
+        let stopped = self.ask(|done| Command::Stop { flush: true, done });
+        self.join()?;
+        stopped?
+    }
+
+    /// True once the thread ended, which before `stop` means that the machine cannot go on.
+    pub fn ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, VirtioError> {
+        let (sender, receiver) = sync_channel(1);
+        self.commands.send(command(sender));
+        loop {
+            match receiver.recv_timeout(LIVENESS) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Timeout) if !self.ended() => {}
+                Err(_) => return Err(VirtioError::IoThreadGone("it does not answer".into())),
+            }
+        }
+    }
+
+    fn join(&mut self) -> Result<(), VirtioError> {
+        match self.thread.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(VirtioError::IoThreadGone("it panicked".into())),
+        }
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            let _ = self.ask(|done| Command::Stop { flush: false, done });
+            let _ = self.join();
+        }
     }
 }

@@ -1,0 +1,61 @@
+//! The I/O thread's half of a device.
+
+use std::os::fd::RawFd;
+
+use super::DeviceStats;
+use super::queue::{QueueError, VirtQueue};
+
+/// Why a device stopped serving its driver until the next reset.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Broken {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Volume(#[from] hearth_block::BlockError),
+    #[error("cannot watch the device's descriptor: {0}")]
+    Watch(std::io::Error),
+    #[error("cannot set the tap's offloads: {0}")]
+    Offloads(std::io::Error),
+}
+
+/// Why `run` was called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// The driver notified this queue, or it was just started.
+    Queue(usize),
+    /// The descriptor of `Backend::event_fd` became ready.
+    Fd,
+}
+
+/// What serves the queues: owned by the I/O thread alone.
+pub(crate) trait Backend: Send {
+    /// The driver accepted `features` and is about to start queues. Called again after each reset.
+    fn activate(&mut self, features: u64) -> Result<(), Broken>;
+
+    /// A descriptor to watch (edge-triggered, in and out) from activation on.
+    fn event_fd(&self) -> Option<RawFd>;
+
+    /// A queue starts moving.
+    fn start_queue(&mut self, queue: VirtQueue);
+
+    /// The queue's rings must not be touched again. Requests in flight finish silently.
+    fn stop_queue(&mut self, index: usize);
+
+    /// Requests of this queue that the host still works on (and whose buffers it may write).
+    fn in_flight(&self, index: usize) -> usize;
+
+    /// Notes why the device is to run next.
+    fn wake(&mut self, wake: Wake);
+
+    /// Does what there is to do, within a budget so that other devices get their turn. True: there is more, run again
+    /// soon. With `accept` false only finishes what is in flight.
+    fn run(&mut self, accept: bool) -> Result<bool, Broken>;
+
+    /// Makes completed writes durable; for shutdown.
+    fn sync(&self) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// Adds the device's counters to the set's, in construction order.
+    fn collect(&self, stats: &mut DeviceStats);
+}

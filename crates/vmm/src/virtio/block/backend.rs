@@ -1,0 +1,316 @@
+//! Requests from virtqueues to a volume queue and back.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use hearth_block::{Completion, Operation, Request, Volume, VolumeQueue};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::RANGES_MAX;
+use super::request::{Bounds, Work, decode};
+use crate::control::protocol::DiskStats;
+use crate::virtio::DeviceStats;
+use crate::virtio::backend::{Backend, Broken, Wake};
+use crate::virtio::queue::{Chain, QueueError, VirtQueue};
+
+/// Volume requests in flight per disk: bounds host memory whatever the guest queues.
+const IN_FLIGHT_MAX: usize = 256;
+/// Rounds over the queues before other devices get their turn.
+const ROUNDS: usize = 8;
+
+/// One request between its chain and its used entry.
+struct Pending {
+    queue: usize,
+    head: u16,
+    status_address: GuestAddress,
+    /// Bytes stored in the chain when it succeeds.
+    written: u32,
+    operation: Operation,
+    bytes: u64,
+    /// Volume requests not completed yet.
+    parts: usize,
+    failed: bool,
+    /// A write that must be durable before it completes, because the driver has no FLUSH.
+    then_flush: bool,
+}
+
+/// A disk's I/O side.
+pub(crate) struct BlockBackend {
+    volume: Arc<dyn Volume>,
+    serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
+    bounds: Bounds,
+    io: Option<Box<dyn VolumeQueue>>,
+    /// Declared after `io`: dropped after it, so guest memory outlives requests in flight.
+    chain: Chain,
+    queues: Vec<Option<VirtQueue>>,
+    in_flight: Vec<usize>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<usize>,
+    completions: Vec<Completion>,
+    write_through: bool,
+    stats: DiskStats,
+}
+
+impl BlockBackend {
+    pub(crate) fn new(volume: Arc<dyn Volume>, serial: &str, queues: usize, memory: &Arc<GuestMemoryMmap>) -> Self {
+        let limits = volume.limits();
+        let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
+        padded.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+        let bounds = Bounds {
+            size: volume.size_bytes() / hearth_block::SECTOR_BYTES * hearth_block::SECTOR_BYTES,
+            read_only: volume.read_only(),
+            max_discard: limits.max_discard_bytes,
+            max_write_zeroes: limits.max_write_zeroes_bytes,
+        };
+        Self {
+            volume,
+            serial: padded,
+            bounds,
+            io: None,
+            chain: Chain::new(memory),
+            queues: (0..queues).map(|_| None).collect(),
+            in_flight: vec![0; queues],
+            pending: Vec::new(),
+            free: Vec::new(),
+            completions: Vec::new(),
+            write_through: false,
+            stats: DiskStats::default(),
+        }
+    }
+
+    /// Takes chains off queue `index` while the volume queue has room. True when it took any.
+    fn take(&mut self, index: usize) -> Result<bool, Broken> {
+        let mut any = false;
+        while self.has_room() {
+            let Some(Some(queue)) = self.queues.get_mut(index) else { break };
+            let Some(head) = queue.pop(&mut self.chain)? else { break };
+            any = true;
+            self.begin(index, head)?;
+        }
+        Ok(any)
+    }
+
+    fn has_room(&self) -> bool {
+        self.io.as_ref().is_some_and(|io| io.in_flight() + RANGES_MAX <= io.capacity())
+    }
+
+    fn begin(&mut self, index: usize, head: u16) -> Result<(), Broken> {
+        let status_address = self.chain.last_writable.ok_or(QueueError::BadRequest(index))?;
+        let work = decode(&mut self.chain, &self.bounds).ok_or(QueueError::BadRequest(index))?;
+        let mut pending = Pending {
+            queue: index,
+            head,
+            status_address,
+            written: 1,
+            operation: Operation::Flush,
+            bytes: 0,
+            parts: 1,
+            failed: false,
+            then_flush: false,
+        };
+        match work {
+            Work::Refuse(status) => {
+                self.stats.errors += 1;
+                return self.answer(&pending, status as u32);
+            }
+            Work::Identify => {
+                self.chain.writable.write(0, &self.serial);
+                pending.written += self.serial.len() as u32;
+                return self.answer(&pending, VIRTIO_BLK_S_OK);
+            }
+            Work::Flush => self.submit(pending, Operation::Flush, &[(0, 0)]),
+            Work::Ranges { operation, ranges, count } => {
+                pending.operation = operation;
+                pending.parts = count;
+                pending.then_flush = self.write_through;
+                self.submit(pending, operation, ranges.get(..count).unwrap_or_default())
+            }
+            Work::Transfer { operation, offset } => {
+                pending.operation = operation;
+                let reads = operation == Operation::Read;
+                let data = if reads { &self.chain.writable } else { &self.chain.readable };
+                pending.bytes = data.len();
+                if reads {
+                    pending.written = u32::try_from(data.len() + 1).unwrap_or(u32::MAX);
+                }
+                pending.then_flush = self.write_through && !reads;
+                self.submit(pending, operation, &[(offset, 0)])
+            }
+        }
+    }
+
+    /// Hands one request's parts to the volume; buffers are the current chain's.
+    fn submit(&mut self, pending: Pending, operation: Operation, ranges: &[(u64, u64)]) -> Result<(), Broken> {
+        let Some(io) = self.io.as_mut() else { return Ok(()) };
+        let buffers = match operation {
+            Operation::Read => self.chain.writable.iovecs(),
+            Operation::Write => self.chain.readable.iovecs(),
+            _ => &[],
+        };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.pending.push(None);
+            self.pending.len() - 1
+        });
+        for (offset, length) in ranges {
+            let request = Request { operation, offset: *offset, length: *length, buffers, token: slot as u64 };
+            // SAFETY: the buffers are guest memory, checked by `GuestBuffers::append`; `self.chain` keeps the mapping alive and
+            // is dropped after `self.io`, which waits for what is in flight.
+            unsafe { io.submit(request)? };
+        }
+        if let Some(count) = self.in_flight.get_mut(pending.queue) {
+            *count += 1;
+        }
+        if let Some(entry) = self.pending.get_mut(slot) {
+            *entry = Some(pending);
+        }
+        Ok(())
+    }
+
+    /// Sends what was submitted and finishes what is complete. True when something completed.
+    fn turn_volume(&mut self) -> Result<bool, Broken> {
+        let Some(io) = self.io.as_mut() else { return Ok(false) };
+        io.kick()?;
+        let completions = &mut self.completions;
+        io.drain(&mut |completion| completions.push(completion))?;
+        let mut done = std::mem::take(&mut self.completions);
+        let any = !done.is_empty();
+        for completion in done.drain(..) {
+            self.complete(completion)?;
+        }
+        self.completions = done;
+        Ok(any)
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<(), Broken> {
+        let slot = completion.token as usize;
+        let Some(Some(pending)) = self.pending.get_mut(slot) else { return Ok(()) };
+        pending.failed |= completion.result.is_err();
+        pending.parts = pending.parts.saturating_sub(1);
+        if pending.parts > 0 {
+            return Ok(());
+        }
+        if pending.then_flush && !pending.failed {
+            pending.then_flush = false;
+            pending.parts = 1;
+            let request =
+                Request { operation: Operation::Flush, offset: 0, length: 0, buffers: &[], token: slot as u64 };
+            if let Some(io) = self.io.as_mut() {
+                // SAFETY: no buffers.
+                unsafe { io.submit(request)? };
+                io.kick()?;
+            }
+            return Ok(());
+        }
+        let Some(pending) = self.pending.get_mut(slot).and_then(Option::take) else { return Ok(()) };
+        self.free.push(slot);
+        if let Some(count) = self.in_flight.get_mut(pending.queue) {
+            *count = count.saturating_sub(1);
+        }
+        self.count(&pending);
+        self.answer(&pending, if pending.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK })
+    }
+
+    fn count(&mut self, pending: &Pending) {
+        let stats = &mut self.stats;
+        if pending.failed {
+            stats.errors += 1;
+            return;
+        }
+        match pending.operation {
+            Operation::Read => {
+                stats.read_ops += 1;
+                stats.read_bytes += pending.bytes;
+            }
+            Operation::Flush => stats.flush_ops += 1,
+            _ => {
+                stats.write_ops += 1;
+                stats.write_bytes += pending.bytes;
+            }
+        }
+    }
+
+    /// Status byte and used entry; nothing when the queue was reset meanwhile.
+    fn answer(&mut self, pending: &Pending, status: u32) -> Result<(), Broken> {
+        if let Some(Some(queue)) = self.queues.get_mut(pending.queue) {
+            queue.store_byte(pending.status_address, status as u8)?;
+            queue.push_used(pending.head, pending.written)?;
+        }
+        Ok(())
+    }
+
+    fn started(&mut self) -> impl Iterator<Item = &mut VirtQueue> {
+        self.queues.iter_mut().flatten()
+    }
+}
+
+impl Backend for BlockBackend {
+    fn activate(&mut self, features: u64) -> Result<(), Broken> {
+        self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        if self.io.is_none() {
+            self.io = Some(self.volume.open_queue(IN_FLIGHT_MAX)?);
+        }
+        Ok(())
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        self.io.as_ref().map(|io| io.completion_fd().as_raw_fd())
+    }
+
+    fn start_queue(&mut self, queue: VirtQueue) {
+        let index = queue.index();
+        if let Some(slot) = self.queues.get_mut(index) {
+            *slot = Some(queue);
+        }
+    }
+
+    fn stop_queue(&mut self, index: usize) {
+        if let Some(slot) = self.queues.get_mut(index) {
+            *slot = None;
+        }
+    }
+
+    fn in_flight(&self, index: usize) -> usize {
+        self.in_flight.get(index).copied().unwrap_or(0)
+    }
+
+    fn wake(&mut self, _wake: Wake) {
+        // Looking at every ring costs less than remembering which one was notified.
+    }
+
+    fn run(&mut self, accept: bool) -> Result<bool, Broken> {
+        for _ in 0..ROUNDS {
+            let mut more = false;
+            if accept {
+                for index in 0..self.queues.len() {
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        queue.disable_notification()?;
+                        more |= self.take(index)?;
+                    }
+                }
+            }
+            more |= self.turn_volume()?;
+            for queue in self.started() {
+                queue.signal_used()?;
+            }
+            // Without room, completions call again.
+            if accept && !more && self.has_room() {
+                for queue in self.started() {
+                    more |= queue.enable_notification()?;
+                }
+            }
+            if !more {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn sync(&self) -> Result<(), Broken> {
+        Ok(self.volume.sync()?)
+    }
+
+    fn collect(&self, stats: &mut DeviceStats) {
+        stats.disks.push(self.stats.clone());
+    }
+}
