@@ -1,5 +1,8 @@
 //! One host: reconciles desired instances and owns their VMM processes.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+
+pub mod boot;
 pub mod config;
 pub mod error;
 
