@@ -26,6 +26,7 @@ Options of hearth-vmm run:
   --console stdio|none|SOCKET                 COM1; default stdio
   --console-ring FILE     keep the last output there
   --control SOCKET        listen for control connections there
+  --report                print counters and memory use to standard error at the end
   --uuid UUID --instance-id ID --instance-type TYPE
 ";
 
@@ -46,6 +47,7 @@ struct Options {
     console: Option<String>,
     console_ring: Option<String>,
     control: Option<String>,
+    report: bool,
     uuid: Option<[u8; 16]>,
     instance_id: Option<String>,
     instance_type: Option<String>,
@@ -104,6 +106,7 @@ fn parse<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<Options, String
             "--console" => options.console = Some(value()?),
             "--console-ring" => options.console_ring = Some(value()?),
             "--control" => options.control = Some(value()?),
+            "--report" => options.report = true,
             "--uuid" => options.uuid = Some(parse_uuid(&value()?)?),
             "--instance-id" => options.instance_id = Some(value()?),
             "--instance-type" => options.instance_type = Some(value()?),
@@ -210,7 +213,7 @@ fn boot(options: &Options, born: Instant) -> Result<Server, String> {
         machine.console().add_stdio(standard(0)?, standard(1)?);
     }
     machine.start().map_err(|e| e.to_string())?;
-    Server::with_machine(machine, control, born).map_err(|e| e.to_string())
+    Server::with_machine(machine, control, options.report, born).map_err(|e| e.to_string())
 }
 
 fn disks(options: &Options, fds: &mut Fds) -> Result<Vec<DiskSpec>, String> {

@@ -1,7 +1,8 @@
 //! What happens to the machine as a whole, from any thread to the control thread.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -20,6 +21,13 @@ pub enum MachineEvent {
     HostFailed(String),
 }
 
+impl MachineEvent {
+    /// After this the guest must not run on.
+    pub fn is_final(&self) -> bool {
+        !matches!(self, Self::Panicked)
+    }
+}
+
 /// Where devices and vCPUs report.
 pub trait EventSink: Send + Sync {
     /// Reports `event`. Must not block; events beyond the sink's capacity are dropped.
@@ -33,18 +41,28 @@ const CAPACITY: usize = 16;
 #[derive(Debug)]
 pub struct EventQueue {
     pending: Mutex<Vec<MachineEvent>>,
+    over: Arc<AtomicBool>,
     wake: EventFd,
 }
 
 impl EventQueue {
     /// An empty queue.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { pending: Mutex::new(Vec::new()), wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)? })
+        Ok(Self {
+            pending: Mutex::new(Vec::new()),
+            over: Arc::default(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        })
     }
 
     /// Readable when events wait.
     pub fn wake_fd(&self) -> &EventFd {
         &self.wake
+    }
+
+    /// True from the first final event on: a vCPU that sees it does not enter the guest again.
+    pub fn over(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.over)
     }
 
     /// Takes all events, oldest first.
@@ -57,6 +75,7 @@ impl EventQueue {
 
 impl EventSink for EventQueue {
     fn raise(&self, event: MachineEvent) {
+        self.over.fetch_or(event.is_final(), Ordering::Release);
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if pending.len() < CAPACITY && !pending.contains(&event) {
             pending.push(event);

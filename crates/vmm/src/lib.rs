@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod mem;
+pub mod memory_use;
 pub mod pci;
 pub mod sandbox;
 pub mod virtio;

@@ -15,6 +15,7 @@ use crate::console::{Console, ConsoleOutput};
 use crate::console_ring::RingError;
 use crate::control::protocol::{FdIndex, MachineSpec, MachineState, Stats};
 use crate::events::{EventQueue, EventSink, MachineEvent};
+use crate::kvm::coalesced::CoalescedWrites;
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::vcpu::{VcpuFailure, Vcpus};
 use crate::kvm::vm::{MAX_VCPUS, Vm};
@@ -133,6 +134,7 @@ pub struct Machine {
     instance_id: String,
     started: Option<Duration>,
     born: Instant,
+    memory: Memory,
     vcpus: Vcpus,
     io: IoThread,
     events: Arc<EventQueue>,
@@ -216,20 +218,29 @@ impl Machine {
             }
             vcpu_fds.push(fd);
         }
+        let first = vcpu_fds.first().ok_or(KvmError::VcpuCount(spec.vcpus))?;
+        let coalesced = CoalescedWrites::new(&vm.fd(), first)?;
         let on_failure = Arc::new(move |failure| {
             sink.raise(match failure {
                 VcpuFailure::Crash(text) => MachineEvent::Crashed(text),
                 VcpuFailure::Host(text) => MachineEvent::HostFailed(text),
             });
         });
-        let vcpus =
-            Vcpus::spawn(vcpu_fds, buses, on_failure, Arc::new(|| sandbox::confine(sandbox::ThreadKind::Vcpu)))?;
+        let vcpus = Vcpus::spawn(
+            vcpu_fds,
+            buses,
+            coalesced,
+            events.over(),
+            on_failure,
+            Arc::new(|| sandbox::confine(sandbox::ThreadKind::Vcpu)),
+        )?;
         let io = devices.start(|| sandbox::confine(sandbox::ThreadKind::Io))?;
         Ok(Self {
             state: MachineState::Created,
             instance_id: spec.instance_id.clone(),
             started: None,
             born,
+            memory,
             vcpus,
             io,
             events,
@@ -280,7 +291,8 @@ impl Machine {
     pub fn stats(&self) -> Result<Stats, MachineError> {
         let devices = self.io.stats()?;
         let start_ns = self.started.map_or(0, |d| d.as_nanos() as u64);
-        Ok(Stats { exits: self.vcpus.exits(), start_ns, disks: devices.disks, nics: devices.nics })
+        let guest_ram = self.memory.host_ranges();
+        Ok(Stats { exits: self.vcpus.exits(), guest_ram, start_ns, disks: devices.disks, nics: devices.nics })
     }
 
     /// Stops everything and makes disks durable. The process ends next.

@@ -195,8 +195,12 @@ pub enum Event {
 /// Counters since `Create`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
-    /// KVM exits by kind, e.g. `io_out`, `mmio_write`, `hlt`.
+    /// Exits to the VMM by kind, e.g. `io_out`, `mmio_write`; and the kernel's own counters over all vCPUs, e.g. `kvm_exits`,
+    /// `kvm_halt_exits` (names of Linux's `struct kvm_vcpu_stat`).
     pub exits: Vec<(String, u64)>,
+    /// Where guest RAM lies in the VMM's address space, as start and length in bytes: what to leave out when the VMM's own
+    /// memory is summed up; see `memory_use`.
+    pub guest_ram: Vec<(u64, u64)>,
     /// Nanoseconds from process start until `Start` was done.
     pub start_ns: u64,
     /// Per disk, in spec order.

@@ -10,6 +10,7 @@ use super::protocol::{
 use super::socket::{self, Packet};
 use crate::events::MachineEvent;
 use crate::machine::{Descriptors, Machine};
+use crate::memory_use;
 
 /// Most events kept for an agent that is away.
 const MAX_KEPT_EVENTS: usize = 16;
@@ -22,6 +23,8 @@ pub struct Server {
     connection: Option<OwnedFd>,
     machine: Option<Machine>,
     born: Instant,
+    /// Print counters when the machine ends.
+    report: bool,
     /// Events no agent has been told of.
     kept: Vec<Event>,
     /// Console input the guest has no room for yet.
@@ -55,17 +58,26 @@ impl Server {
             connection: None,
             machine: None,
             born,
+            report: false,
             kept: Vec::new(),
             input: Vec::new(),
         })
     }
 
     /// Serves a machine that exists already (developer mode), with or without a control socket.
-    pub fn with_machine(machine: Machine, listener: Option<OwnedFd>, born: Instant) -> io::Result<Self> {
+    pub fn with_machine(machine: Machine, listener: Option<OwnedFd>, report: bool, born: Instant) -> io::Result<Self> {
         if let Some(listener) = &listener {
             socket::set_nonblocking(listener)?;
         }
-        Ok(Self { listener, connection: None, machine: Some(machine), born, kept: Vec::new(), input: Vec::new() })
+        Ok(Self {
+            listener,
+            connection: None,
+            machine: Some(machine),
+            born,
+            report,
+            kept: Vec::new(),
+            input: Vec::new(),
+        })
     }
 
     /// Runs until the machine ends; the exit code for the process.
@@ -301,6 +313,9 @@ impl Server {
                 MachineEvent::Crashed(text) => (Some(Event::GuestCrashed), exit::GUEST_CRASH, text),
                 MachineEvent::HostFailed(text) => (None, exit::HOST_ERROR, text),
             };
+            if self.report {
+                log(&format!("over after {} us", self.born.elapsed().as_micros()));
+            }
             let code = self.end(code, &why);
             if let Some(event) = event {
                 self.tell(event);
@@ -317,6 +332,9 @@ impl Server {
         }
         let Some(mut machine) = self.machine.take() else { return code };
         machine.console().send_output();
+        if self.report {
+            report(&machine);
+        }
         match machine.end() {
             Ok(()) => code,
             Err(e) => {
@@ -324,6 +342,28 @@ impl Server {
                 exit::HOST_ERROR
             }
         }
+    }
+}
+
+/// Counters and memory as one line each on standard error.
+fn report(machine: &Machine) {
+    let stats = match machine.stats() {
+        Ok(stats) => stats,
+        Err(e) => return log(&format!("no counters: {e}")),
+    };
+    log(&format!("started after {} us", stats.start_ns / 1000));
+    for (name, count) in stats.exits.iter().filter(|(_, count)| *count > 0) {
+        log(&format!("{name} {count}"));
+    }
+    for (number, disk) in stats.disks.iter().enumerate() {
+        log(&format!("disk {number}: {disk:?}"));
+    }
+    for (number, nic) in stats.nics.iter().enumerate() {
+        log(&format!("nic {number}: {nic:?}"));
+    }
+    match std::fs::read_to_string("/proc/self/smaps") {
+        Ok(text) => log(&format!("{:?} bytes", memory_use::parse(&text, &stats.guest_ram))),
+        Err(e) => log(&format!("no memory figures: {e}")),
     }
 }
 

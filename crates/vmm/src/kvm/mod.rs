@@ -1,8 +1,10 @@
 //! The hypervisor: one virtual machine, its vCPUs, and the interrupt paths into it.
 
+pub mod coalesced;
 pub mod cpuid;
 pub mod exits;
 pub mod irq;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;
 

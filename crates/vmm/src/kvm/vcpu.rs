@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,7 +12,9 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::KvmError;
+use super::coalesced::CoalescedWrites;
 use super::exits::{ExitCounters, ExitKind};
+use super::stats::KernelCounters;
 use crate::bus::Buses;
 
 /// How long a vCPU may take to stop: an exit handler that waits for the host's disk or memory is the slow case.
@@ -48,7 +50,10 @@ struct Shared {
     /// Number of threads that are parked or have ended.
     parked: Mutex<usize>,
     changed: Condvar,
+    /// The machine has ended: no vCPU may enter the guest again.
+    over: Arc<AtomicBool>,
     buses: Arc<Buses>,
+    coalesced: CoalescedWrites,
     on_failure: OnFailure,
 }
 
@@ -58,7 +63,7 @@ impl Shared {
     }
 
     fn must_park(&self) -> bool {
-        self.order.load(Ordering::Acquire) != Order::Run as u8
+        self.order.load(Ordering::Acquire) != Order::Run as u8 || self.over.load(Ordering::Relaxed)
     }
 
     /// Waits until there is an order to run.
@@ -105,6 +110,7 @@ struct Handle {
     thread: JoinHandle<()>,
     run: RunPage,
     exits: Arc<ExitCounters>,
+    kernel: KernelCounters,
 }
 
 /// All vCPUs of a machine, parked at first.
@@ -114,10 +120,13 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`, which must be ready to run. They stay parked until [`Vcpus::run`].
+    /// Starts a thread for each of `vcpus`, which must be ready to run. They stay parked until [`Vcpus::run`], and for good
+    /// once `over` is true.
     pub fn spawn(
         vcpus: Vec<VcpuFd>,
         buses: Arc<Buses>,
+        coalesced: CoalescedWrites,
+        over: Arc<AtomicBool>,
         on_failure: OnFailure,
         on_start: OnThreadStart,
     ) -> Result<Self, KvmError> {
@@ -126,6 +135,8 @@ impl Vcpus {
             order: AtomicU8::new(Order::Park as u8),
             parked: Mutex::new(0),
             changed: Condvar::new(),
+            over,
+            coalesced,
             buses,
             on_failure,
         });
@@ -133,6 +144,7 @@ impl Vcpus {
         for (index, mut fd) in vcpus.into_iter().enumerate() {
             let run = RunPage(NonNull::from(fd.get_kvm_run()));
             let exits = Arc::new(ExitCounters::default());
+            let kernel = KernelCounters::open(&fd);
             let (thread_shared, thread_exits, on_start) =
                 (Arc::clone(&shared), Arc::clone(&exits), Arc::clone(&on_start));
             let thread = std::thread::Builder::new()
@@ -140,7 +152,7 @@ impl Vcpus {
                 .stack_size(128 << 10)
                 .spawn(move || vcpu_thread(fd, run, &thread_shared, &thread_exits, &on_start))
                 .map_err(|source| KvmError::Thread { index: index as u8, source })?;
-            handles.push(Handle { thread, run, exits });
+            handles.push(Handle { thread, run, exits, kernel });
         }
         Ok(Self { shared, handles })
     }
@@ -176,11 +188,13 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Sums of the exit counters.
+    /// Exits to this process by kind, and the kernel's own counters (`kvm_` and a name of Linux's `struct kvm_vcpu_stat`), summed
+    /// over all vCPUs.
     pub fn exits(&self) -> Vec<(String, u64)> {
         let mut sums = Vec::new();
         for handle in &self.handles {
             handle.exits.add_to(&mut sums);
+            handle.kernel.add_to(&mut sums);
         }
         sums
     }
@@ -223,7 +237,10 @@ fn vcpu_thread(mut fd: VcpuFd, run: RunPage, shared: &Shared, exits: &ExitCounte
 
 /// One entry into the guest and what it came back with.
 fn run_once(fd: &mut VcpuFd, run: RunPage, shared: &Shared, exits: &ExitCounters) -> Result<(), VcpuFailure> {
-    let kind = match fd.run() {
+    let exit = fd.run();
+    // What the guest wrote before comes before what it does now.
+    shared.coalesced.apply(&shared.buses);
+    let kind = match exit {
         Ok(VcpuExit::IoOut(port, data)) => {
             for item in data.chunks(run.port_access_size()) {
                 shared.buses.ports.write(u64::from(port), item);

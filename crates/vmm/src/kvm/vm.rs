@@ -17,7 +17,7 @@ use crate::mem::layout::{IOAPIC_PINS, KVM_IDENTITY_MAP, KVM_TSS};
 pub const MAX_VCPUS: u8 = 32;
 
 /// What the machine cannot do without, with the name an operator would look for.
-const NEEDED: [(Cap, &str); 8] = [
+const NEEDED: [(Cap, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
@@ -25,6 +25,7 @@ const NEEDED: [(Cap, &str); 8] = [
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::CoalescedPio, "KVM_CAP_COALESCED_PIO"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
 ];
 

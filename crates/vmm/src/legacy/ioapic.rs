@@ -1,4 +1,4 @@
-//! The I/O APIC (Intel 82093AA data sheet; ICH9 extensions: version 0x11, 24 pins) on a split interrupt controller: it turns
+//! The I/O APIC (Intel 82093AA data sheet; version 0x11) on a split interrupt controller: it turns
 //! pulses on its pins into interrupt messages for the local APICs, which live in the kernel.
 
 use std::io;

@@ -94,6 +94,12 @@ impl Memory {
         self.layout
     }
 
+    /// Start and length of each region in this process's address space.
+    pub fn host_ranges(&self) -> Vec<(u64, u64)> {
+        use vm_memory::GuestMemoryRegion;
+        self.ram.iter().map(|region| (region.as_ptr() as u64, region.len())).collect()
+    }
+
     /// Host address of `size` bytes of RAM at `address`.
     pub fn host_address(&self, address: u64, size: u64) -> Result<*mut u8, MemoryError> {
         let out_of_range = MemoryError::OutOfRange { address, size };
