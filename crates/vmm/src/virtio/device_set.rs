@@ -122,6 +122,12 @@ impl DeviceSet {
         self.bus.mmio_devices()
     }
 
+    /// The loop itself, for tests that turn it by hand.
+    #[cfg(test)]
+    pub(crate) fn take_io_loop(&mut self) -> IoLoop {
+        self.io_loop.take().unwrap()
+    }
+
     /// Spawns the I/O thread. `on_start` runs first in that thread (seccomp filter, thread name in logs); its error ends
     /// the thread. Call once; devices answer register accesses before, but queues move only after.
     pub fn start(

@@ -232,6 +232,21 @@ impl IoLoop {
         Ok(true)
     }
 
+    /// The mailbox, for tests that talk to a loop without a thread.
+    #[cfg(test)]
+    pub(crate) fn commands(&self) -> CommandSender {
+        self.mailbox.clone()
+    }
+
+    /// Counters of all devices.
+    pub(crate) fn device_stats(&self) -> DeviceStats {
+        let mut stats = DeviceStats::default();
+        for device in &self.devices {
+            device.backend.collect(&mut stats);
+        }
+        stats
+    }
+
     fn wake(&mut self, number: usize, wake: Wake) {
         if let Some(device) = self.devices.get_mut(number)
             && device.state != State::Inactive
@@ -272,11 +287,7 @@ impl IoLoop {
                     let _ = done.send(());
                 }
                 Command::Stats { reply } => {
-                    let mut stats = DeviceStats::default();
-                    for device in &self.devices {
-                        device.backend.collect(&mut stats);
-                    }
-                    let _ = reply.send(stats);
+                    let _ = reply.send(self.device_stats());
                 }
                 Command::Stop { flush, done } => {
                     let result = if flush { self.drain_and_sync() } else { Ok(()) };

@@ -16,15 +16,15 @@ use super::shared::DeviceShared;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum QueueError {
     #[error("queue {0}: its rings are misaligned or not in guest memory")]
-    BadSetup(usize),
+    Setup(usize),
     #[error("queue {0}: the available ring cannot be read or claims more entries than it has")]
-    BadRing(usize),
+    AvailableRing(usize),
     #[error("queue {0}: a descriptor chain is malformed or points outside guest memory")]
-    BadChain(usize),
+    Chain(usize),
     #[error("queue {0}: the used ring cannot be written")]
-    BadUsedRing(usize),
+    UsedRing(usize),
     #[error("queue {0}: a request is too short to be answered")]
-    BadRequest(usize),
+    Request(usize),
 }
 
 /// One popped chain: device-readable bytes, then device-writable ones.
@@ -71,7 +71,7 @@ impl VirtQueue {
         memory: Arc<GuestMemoryMmap>,
         shared: Arc<DeviceShared>,
     ) -> Result<Self, QueueError> {
-        let bad = |_| QueueError::BadSetup(setup.index);
+        let bad = |_| QueueError::Setup(setup.index);
         let mut queue = Queue::new(setup.max_size).map_err(bad)?;
         queue.try_set_size(setup.size).map_err(bad)?;
         queue.try_set_desc_table_address(GuestAddress(setup.descriptors)).map_err(bad)?;
@@ -81,19 +81,19 @@ impl VirtQueue {
         queue.set_ready(true);
         // An available ring at 0 is the crate's sign for "not configured".
         if setup.available == 0 || !queue.is_valid(memory.as_ref()) {
-            return Err(QueueError::BadSetup(setup.index));
+            return Err(QueueError::Setup(setup.index));
         }
         Ok(Self { index: setup.index, queue, memory, shared, outstanding: 0, unsignalled: false })
     }
 
     /// Takes the next available chain into `chain`; `None` when there is none.
     pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, QueueError> {
-        let mut available = self.queue.iter(self.memory.as_ref()).map_err(|_| QueueError::BadRing(self.index))?;
+        let mut available = self.queue.iter(self.memory.as_ref()).map_err(|_| QueueError::AvailableRing(self.index))?;
         let Some(descriptors) = available.next() else { return Ok(None) };
         let (head, size) = (descriptors.head_index(), self.queue.size());
         // More outstanding chains than descriptors: heads are being offered twice.
         if self.outstanding >= size || head >= size {
-            return Err(QueueError::BadRing(self.index));
+            return Err(QueueError::AvailableRing(self.index));
         }
         chain.clear();
         let mut count = 0u16;
@@ -111,13 +111,13 @@ impl VirtQueue {
                 chain.writable.len() == 0 && chain.readable.append(address, length, Permissions::Read)
             };
             if !stored || count > size {
-                return Err(QueueError::BadChain(self.index));
+                return Err(QueueError::Chain(self.index));
             }
             complete = !descriptor.has_next();
         }
         // The iterator ends early on loops, bad indices and unreadable tables.
         if !complete {
-            return Err(QueueError::BadChain(self.index));
+            return Err(QueueError::Chain(self.index));
         }
         self.outstanding += 1;
         Ok(Some(head))
@@ -127,7 +127,7 @@ impl VirtQueue {
     pub(crate) fn push_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.outstanding = self.outstanding.saturating_sub(1);
         self.unsignalled = true;
-        self.queue.add_used(self.memory.as_ref(), head, written).map_err(|_| QueueError::BadUsedRing(self.index))
+        self.queue.add_used(self.memory.as_ref(), head, written).map_err(|_| QueueError::UsedRing(self.index))
     }
 
     /// Interrupts the driver once for everything used since the last call, if it wants that.
@@ -136,7 +136,7 @@ impl VirtQueue {
             return Ok(());
         }
         let wanted =
-            self.queue.needs_notification(self.memory.as_ref()).map_err(|_| QueueError::BadRing(self.index))?;
+            self.queue.needs_notification(self.memory.as_ref()).map_err(|_| QueueError::AvailableRing(self.index))?;
         // Without EVENT_IDX the driver has only the flag (2.7.7).
         let suppressed = !self.queue.event_idx_enabled() && {
             let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
@@ -150,17 +150,17 @@ impl VirtQueue {
 
     /// Asks the driver not to notify while the queue is being worked on.
     pub(crate) fn disable_notification(&mut self) -> Result<(), QueueError> {
-        self.queue.disable_notification(self.memory.as_ref()).map_err(|_| QueueError::BadUsedRing(self.index))
+        self.queue.disable_notification(self.memory.as_ref()).map_err(|_| QueueError::UsedRing(self.index))
     }
 
     /// Asks for notifications again; true when chains came meanwhile (go on instead of sleeping).
     pub(crate) fn enable_notification(&mut self) -> Result<bool, QueueError> {
-        self.queue.enable_notification(self.memory.as_ref()).map_err(|_| QueueError::BadUsedRing(self.index))
+        self.queue.enable_notification(self.memory.as_ref()).map_err(|_| QueueError::UsedRing(self.index))
     }
 
     /// Stores one byte, for status bytes that outlive their chain's buffers.
     pub(crate) fn store_byte(&self, address: GuestAddress, value: u8) -> Result<(), QueueError> {
-        self.memory.write_obj(value, address).map_err(|_| QueueError::BadRequest(self.index))
+        self.memory.write_obj(value, address).map_err(|_| QueueError::Request(self.index))
     }
 
     pub(crate) fn index(&self) -> usize {

@@ -43,6 +43,8 @@ pub(crate) struct BlockBackend {
     io: Option<Box<dyn VolumeQueue>>,
     /// Declared after `io`: dropped after it, so guest memory outlives requests in flight.
     chain: Chain,
+    /// Reused by `decode`.
+    ranges: Vec<(u64, u64)>,
     queues: Vec<Option<VirtQueue>>,
     in_flight: Vec<usize>,
     pending: Vec<Option<Pending>>,
@@ -69,6 +71,7 @@ impl BlockBackend {
             bounds,
             io: None,
             chain: Chain::new(memory),
+            ranges: Vec::new(),
             queues: (0..queues).map(|_| None).collect(),
             in_flight: vec![0; queues],
             pending: Vec::new(),
@@ -96,8 +99,8 @@ impl BlockBackend {
     }
 
     fn begin(&mut self, index: usize, head: u16) -> Result<(), Broken> {
-        let status_address = self.chain.last_writable.ok_or(QueueError::BadRequest(index))?;
-        let work = decode(&mut self.chain, &self.bounds).ok_or(QueueError::BadRequest(index))?;
+        let status_address = self.chain.last_writable.ok_or(QueueError::Request(index))?;
+        let work = decode(&mut self.chain, &self.bounds, &mut self.ranges).ok_or(QueueError::Request(index))?;
         let mut pending = Pending {
             queue: index,
             head,
@@ -112,19 +115,22 @@ impl BlockBackend {
         match work {
             Work::Refuse(status) => {
                 self.stats.errors += 1;
-                return self.answer(&pending, status as u32);
+                self.answer(&pending, u32::from(status))
             }
             Work::Identify => {
                 self.chain.writable.write(0, &self.serial);
                 pending.written += self.serial.len() as u32;
-                return self.answer(&pending, VIRTIO_BLK_S_OK);
+                self.answer(&pending, VIRTIO_BLK_S_OK)
             }
             Work::Flush => self.submit(pending, Operation::Flush, &[(0, 0)]),
-            Work::Ranges { operation, ranges, count } => {
+            Work::Ranges { operation } => {
+                let ranges = std::mem::take(&mut self.ranges);
                 pending.operation = operation;
-                pending.parts = count;
+                pending.parts = ranges.len();
                 pending.then_flush = self.write_through;
-                self.submit(pending, operation, ranges.get(..count).unwrap_or_default())
+                let result = self.submit(pending, operation, &ranges);
+                self.ranges = ranges;
+                result
             }
             Work::Transfer { operation, offset } => {
                 pending.operation = operation;

@@ -26,11 +26,9 @@ pub(crate) enum Work {
         offset: u64,
     },
     Flush,
-    /// Discard or zero these (offset, length) ranges in bytes; the first `count` count.
+    /// Discard or zero the ranges that `decode` noted.
     Ranges {
         operation: Operation,
-        ranges: [(u64, u64); RANGES_MAX],
-        count: usize,
     },
     /// Put the serial into the chain's data buffers.
     Identify,
@@ -47,8 +45,8 @@ pub(crate) struct Bounds {
 }
 
 /// Decodes a chain and strips header and status byte off its buffers, so that only data is left. `None` when it is too
-/// short to be answered.
-pub(crate) fn decode(chain: &mut Chain, bounds: &Bounds) -> Option<Work> {
+/// short to be answered. `ranges` gets the (offset, length) pairs in bytes of a DISCARD or WRITE_ZEROES.
+pub(crate) fn decode(chain: &mut Chain, bounds: &Bounds, ranges: &mut Vec<(u64, u64)>) -> Option<Work> {
     let mut header = [0u8; HEADER_BYTES];
     let data_in = chain.writable.len().checked_sub(1)?;
     if !chain.readable.read(&mut header) {
@@ -68,7 +66,7 @@ pub(crate) fn decode(chain: &mut Chain, bounds: &Bounds) -> Option<Work> {
             let fits = data_in >= u64::from(VIRTIO_BLK_ID_BYTES);
             return if fits { Some(Work::Identify) } else { refuse(VIRTIO_BLK_S_IOERR) };
         }
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => return Some(decode_ranges(chain, kind, bounds)),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => return Some(decode_ranges(chain, kind, bounds, ranges)),
         _ => return refuse(VIRTIO_BLK_S_UNSUPP),
     };
     let aligned = bytes.is_multiple_of(SECTOR_BYTES) && bytes <= TRANSFER_BYTES_MAX;
@@ -81,7 +79,8 @@ pub(crate) fn decode(chain: &mut Chain, bounds: &Bounds) -> Option<Work> {
     }
 }
 
-fn decode_ranges(chain: &Chain, kind: u32, bounds: &Bounds) -> Work {
+fn decode_ranges(chain: &Chain, kind: u32, bounds: &Bounds, ranges: &mut Vec<(u64, u64)>) -> Work {
+    ranges.clear();
     let failed = Work::Refuse(VIRTIO_BLK_S_IOERR as u8);
     let unsupported = Work::Refuse(VIRTIO_BLK_S_UNSUPP as u8);
     if bounds.read_only {
@@ -99,9 +98,8 @@ fn decode_ranges(chain: &Chain, kind: u32, bounds: &Bounds) -> Work {
     }
     let discard = kind == VIRTIO_BLK_T_DISCARD;
     let limit = if discard { bounds.max_discard } else { bounds.max_write_zeroes };
-    let mut ranges = [(0, 0); RANGES_MAX];
     let mut all_unmap = true;
-    for (range, raw) in ranges.iter_mut().zip(raw.chunks_exact(RANGE_BYTES)) {
+    for raw in raw.chunks_exact(RANGE_BYTES) {
         let (sector, sectors, flags) = (u64_at(raw, 0), u32_at(raw, 8), u32_at(raw, 12));
         // 5.2.6.2: unknown flags, and "unmap" on a discard, are not supported.
         if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || (discard && flags != 0) {
@@ -111,12 +109,12 @@ fn decode_ranges(chain: &Chain, kind: u32, bounds: &Bounds) -> Work {
         let length = u64::from(sectors) * SECTOR_BYTES;
         let offset = sector.checked_mul(SECTOR_BYTES);
         match offset.and_then(|offset| offset.checked_add(length)) {
-            Some(end) if end <= bounds.size && length <= limit => *range = (end - length, length),
+            Some(end) if end <= bounds.size && length <= limit => ranges.push((end - length, length)),
             _ => return failed,
         }
     }
     let operation = if discard { Operation::Discard } else { Operation::WriteZeroes { may_unmap: all_unmap } };
-    Work::Ranges { operation, ranges, count }
+    Work::Ranges { operation }
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> u32 {

@@ -131,7 +131,7 @@ impl Receiver {
             let bytes = self.chain.writable.len();
             let pieces = self.ring.iovecs().len() + self.chain.writable.iovecs().len();
             if bytes == 0 || self.chain.readable.len() != 0 || pieces > MAX_PIECES {
-                return Err(QueueError::BadRequest(RX));
+                return Err(QueueError::Request(RX));
             }
             self.ring.extend(&self.chain.writable);
             self.chains.push_back((head, u32::try_from(bytes).unwrap_or(u32::MAX)));

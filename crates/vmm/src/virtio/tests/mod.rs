@@ -1,1 +1,11 @@
+//! The devices as a driver sees them: through PCI configuration space, BAR registers and rings in guest memory.
 
+mod block_test;
+mod driver;
+
+mod lifecycle_test;
+mod machine;
+mod net_test;
+mod rng_test;
+mod transport_test;
+mod volumes;
