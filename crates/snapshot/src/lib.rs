@@ -19,6 +19,7 @@ pub use clone::{CloneMethod, Cloned, clone_file};
 pub use convert::{Converted, DEFAULT_MAX_VIRTUAL_BYTES, Limits, convert, convert_with_limits};
 pub use error::ImageError;
 pub use format::{Format, UnknownFormat, detect};
+pub use raw::next_data;
 
 /// Called with (bytes done, bytes in all) as work goes on; both count the virtual disk.
 pub type ProgressFn<'a> = &'a dyn Fn(u64, u64);

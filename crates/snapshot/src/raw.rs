@@ -15,7 +15,7 @@ const BUFFER: usize = 1 << 20;
 
 /// The next stretch of data at or behind `offset` as (start, end); `None` when only holes follow. File systems without
 /// holes answer that everything is data.
-pub(crate) fn next_data(file: impl AsFd, offset: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
+pub fn next_data(file: impl AsFd, offset: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if offset >= size {
         return Ok(None);
     }

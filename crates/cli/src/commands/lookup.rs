@@ -1,0 +1,146 @@
+//! From what people type (id, beginning of an id, name) to what is meant.
+
+use hearth_proto::v1::{
+    Filter, Image, ImageState, Instance, InstanceState, ListImagesRequest, ListInstancesRequest, PageRequest,
+};
+use hearth_types::{ImageId, InstanceId};
+
+use crate::client::{Client, all_pages};
+use crate::error::CliError;
+use crate::view;
+
+/// Instances that match the ids and filters, all pages.
+pub async fn list_instances(client: &Client, ids: &[String], filters: &[Filter]) -> Result<Vec<Instance>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListInstancesRequest { instance_ids: ids.to_vec(), filters: filters.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.instances().list_instances(request).await)?;
+        Ok((answer.instances, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Images that match the ids and filters, all pages.
+pub async fn list_images(client: &Client, ids: &[String], filters: &[Filter]) -> Result<Vec<Image>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListImagesRequest { image_ids: ids.to_vec(), filters: filters.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.images().list_images(request).await)?;
+        Ok((answer.images, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+fn filter(name: &str, value: String) -> Filter {
+    Filter { name: name.to_owned(), values: vec![value] }
+}
+
+/// Takes wildcards literally.
+fn escaped(text: &str) -> String {
+    text.chars().flat_map(|c| if matches!(c, '*' | '?' | '\\') { vec!['\\', c] } else { vec![c] }).collect()
+}
+
+/// Whether a text is the beginning of an id with that prefix: "i-", "i-0af".
+fn is_beginning(text: &str, prefix: &str) -> bool {
+    text.strip_prefix(prefix)
+        .and_then(|rest| rest.strip_prefix('-'))
+        .is_some_and(|digits| digits.len() < 17 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+}
+
+/// Ids of the instances meant.
+pub async fn instances(client: &Client, texts: &[String]) -> Result<Vec<String>, CliError> {
+    let mut ids = Vec::with_capacity(texts.len());
+    for text in texts {
+        let id = instance(client, text).await?;
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+/// Id of the instance meant.
+pub async fn instance(client: &Client, text: &str) -> Result<String, CliError> {
+    if text.parse::<InstanceId>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let (wanted, what) = if is_beginning(text, InstanceId::PREFIX) {
+        (filter("instance-id", format!("{text}*")), "an id that begins with")
+    } else {
+        (filter("tag:Name", escaped(text)), "the name")
+    };
+    let mut found = list_instances(client, &[], &[wanted]).await?;
+    // A name that was used before means the instance that has it now.
+    if found.len() > 1 && found.iter().any(|i| i.state() != InstanceState::Terminated) {
+        found.retain(|i| i.state() != InstanceState::Terminated);
+    }
+    let describe = |i: &Instance| {
+        format!("{} ({}, {})", i.instance_id, view::instance::state_name(i.state()), view::instance::name(i))
+    };
+    choose(text, &found, "instance", what, |i| i.instance_id.clone(), describe)
+}
+
+/// The image meant.
+pub async fn image(client: &Client, text: &str) -> Result<String, CliError> {
+    if text.parse::<ImageId>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let (wanted, what) = if is_beginning(text, ImageId::PREFIX) {
+        (filter("image-id", format!("{text}*")), "an id that begins with")
+    } else {
+        (filter("name", escaped(text)), "the name")
+    };
+    let mut found = list_images(client, &[], &[wanted]).await?;
+    if found.len() > 1 && found.iter().any(|i| i.state() == ImageState::Available) {
+        found.retain(|i| i.state() == ImageState::Available);
+    }
+    choose(text, &found, "image", what, |i| i.image_id.clone(), |i| format!("{} ({})", i.image_id, i.name))
+}
+
+fn choose<T>(
+    text: &str,
+    found: &[T],
+    kind: &str,
+    what: &str,
+    id: impl Fn(&T) -> String,
+    describe: impl Fn(&T) -> String,
+) -> Result<String, CliError> {
+    match found {
+        [one] => Ok(id(one)),
+        [] => Err(CliError::NotFound {
+            message: format!("no {kind} has {what} '{text}'"),
+            advice: format!("`hearth {kind} list` shows yours."),
+        }),
+        many => {
+            let shown: Vec<_> = many.iter().take(5).map(describe).collect();
+            let more = if many.len() > 5 { ", …" } else { "" };
+            let count = many.len();
+            Err(CliError::Ambiguous(format!("{count} {kind}s have {what} '{text}': {}{more}", shown.join(", "))))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beginnings_of_ids_are_told_from_names() {
+        for text in ["i-", "i-0", "i-0123456789abcdef"] {
+            assert!(is_beginning(text, "i"), "{text}");
+        }
+        for text in ["i", "web", "i-0123456789abcdef0", "i-xyz", "i-0A", "ami-0", "io-1"] {
+            assert!(!is_beginning(text, "i"), "{text}");
+        }
+        assert_eq!(escaped("a*b?c\\d"), "a\\*b\\?c\\\\d");
+    }
+
+    #[test]
+    fn none_one_and_many() {
+        let choose =
+            |found: &[&str]| choose("x", found, "instance", "the name", |f| (*f).to_owned(), |f| format!("<{f}>"));
+        assert_eq!(choose(&["a"]).unwrap(), "a");
+        assert_eq!(choose(&[]).unwrap_err().exit_code(), 3);
+        let many = choose(&["a", "b", "c", "d", "e", "f"]).unwrap_err();
+        assert_eq!(many.exit_code(), 4);
+        assert_eq!(many.to_string(), "6 instances have the name 'x': <a>, <b>, <c>, <d>, <e>, …");
+    }
+}
