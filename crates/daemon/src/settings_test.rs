@@ -1,0 +1,61 @@
+use super::*;
+
+fn flags(line: &str) -> (Role, Settings) {
+    Arguments::try_parse_from(line.split_whitespace()).unwrap().split()
+}
+
+#[test]
+fn flags_win_over_the_file_and_the_file_over_defaults() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("hearthd.toml");
+    let text = "listen = '10.0.0.1:8443'\nzone = 'attic-1b'\nstop-timeout = '2min'\ndns = ['9.9.9.9']\nlabels = ['rack=a']\nnat = false\n";
+    std::fs::write(&file, text).unwrap();
+    let (role, given) = flags("hearthd up --zone cellar-1a --label rack=b --label disk=nvme");
+    assert_eq!(role, Role::Up);
+    let settings = Settings::resolve(given, &file).unwrap();
+    assert_eq!(settings.zone.as_deref(), Some("cellar-1a"));
+    assert_eq!(settings.labels, ["rack=b", "disk=nvme"]);
+    assert_eq!(settings.listen_or(Ipv4Addr::LOCALHOST.into()).to_string(), "10.0.0.1:8443");
+    assert_eq!(settings.stop_timeout, Some(Span(Duration::from_secs(120))));
+    assert_eq!(settings.dns, [Ipv4Addr::new(9, 9, 9, 9)]);
+    assert_eq!(settings.nat, Some(false));
+    assert_eq!(settings.state_dir(), Path::new("/var/lib/hearth"));
+}
+
+#[test]
+fn a_named_file_must_exist_and_the_default_one_need_not() {
+    let missing = Path::new("/nonexistent/hearthd.toml");
+    let (_, given) = flags("hearthd control");
+    assert_eq!(Settings::resolve(given.clone(), missing).unwrap(), given);
+    let (_, given) = flags("hearthd control --config /nonexistent/hearthd.toml");
+    let error = Settings::resolve(given, Path::new("/dev/null")).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/hearthd.toml"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+}
+
+#[test]
+fn mistakes_in_the_file_are_shown_with_their_place() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("hearthd.toml");
+    for (text, told) in [
+        ("lissten = '1.2.3.4:5'", "lissten"),
+        ("listen = 'here'", "listen"),
+        ("stop-timeout = '9 fortnights'", "write it as 90s"),
+        ("instance-cidr = '172.30.0.0/40'", "instance-cidr"),
+        ("state-dir = ", "line 1"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let error = Settings::resolve(Settings::default(), &file).unwrap_err();
+        let shown = error.to_string();
+        assert!(shown.contains(told) && shown.contains("hearthd.toml"), "{text}: {shown}");
+    }
+}
+
+#[test]
+fn the_command_line_is_sound() {
+    use clap::CommandFactory;
+    Arguments::command().debug_assert();
+    let error = Arguments::try_parse_from(["hearthd", "up", "--listen", "nowhere"]).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(Arguments::try_parse_from(["hearthd", "--version"]).unwrap_err().to_string().starts_with("hearthd 0."));
+}
