@@ -37,7 +37,7 @@ pub trait Store: Send + Sync {
     /// "what happens from now on", and a `from` in the future waits for that revision.
     ///
     /// # Errors
-    /// [`Error::Compacted`] when `from` is older than the oldest revision kept.
+    /// [`Error::Compacted`] when changes of revision `from` have been compacted.
     async fn watch(&self, prefix: &str, from: Revision) -> Result<WatchStream>;
 
     /// Makes a lease that lives for `ttl` after its grant and after each keep-alive. When the store
@@ -63,8 +63,9 @@ pub trait Store: Send + Sync {
     /// [`Error::LeaseNotFound`].
     async fn lease_info(&self, id: LeaseId) -> Result<LeaseInfo>;
 
-    /// Drops history older than `at`: revisions from `at` on can still be read and watched. Keys'
-    /// present values are never touched. Compacting what is already compacted does nothing.
+    /// Drops history up to `at`: revisions from `at` on can still be read, and the changes after
+    /// `at` watched. Keys' present values are never touched. Compacting what is already compacted
+    /// does nothing.
     ///
     /// # Errors
     /// [`Error::FutureRevision`].

@@ -229,12 +229,12 @@ impl Model {
                 let next = self.pick(from);
                 match store.watch(prefix, next).await {
                     Ok(stream) => {
-                        assert!(next >= self.compacted);
+                        assert!(next > self.compacted);
                         self.watches.push(OpenWatch { stream, prefix, next });
                     }
                     Err(error) => {
-                        assert!(next < self.compacted);
-                        assert_eq!(error, Error::Compacted { oldest: self.compacted });
+                        assert!(next <= self.compacted);
+                        assert_eq!(error, Error::Compacted { oldest: self.compacted + 1 });
                     }
                 }
             }
@@ -410,8 +410,8 @@ impl Model {
             match watch.stream.next().await.unwrap() {
                 Ok(seen) => assert_eq!(seen, WatchBatch { revision: batch.revision, events }),
                 Err(error) => {
-                    assert!(watch.next < self.compacted, "{error} at {}", watch.next);
-                    assert_eq!(error, Error::Compacted { oldest: self.compacted });
+                    assert!(watch.next <= self.compacted, "{error} at {}", watch.next);
+                    assert_eq!(error, Error::Compacted { oldest: self.compacted + 1 });
                     assert!(watch.stream.next().await.is_none());
                     return;
                 }
@@ -421,7 +421,7 @@ impl Model {
         let rest = futures::poll!(std::pin::pin!(watch.stream.next()));
         match rest {
             std::task::Poll::Pending => {}
-            std::task::Poll::Ready(Some(Err(Error::Compacted { .. }))) if watch.next < self.compacted => {}
+            std::task::Poll::Ready(Some(Err(Error::Compacted { .. }))) if watch.next <= self.compacted => {}
             std::task::Poll::Ready(extra) => panic!("{extra:?} after all events of {:?}", watch.prefix),
         }
     }

@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use super::files;
 use crate::error::{Error, Result};
 
 /// An exclusive `flock(2)` on `<store>.lock`, held until dropped; the kernel drops it with the process.
@@ -20,7 +21,7 @@ pub(super) struct StoreLock {
 impl StoreLock {
     /// Takes the lock of the store at `path`, or tells who has it.
     pub(super) fn take(path: &Path) -> Result<Self> {
-        let lock_path = lock_path(path);
+        let lock_path = files::with_suffix(path, ".lock");
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -39,13 +40,6 @@ impl StoreLock {
         write_pid(&mut file).map_err(|e| Error::io("cannot write lock file", &lock_path, &e))?;
         Ok(Self { _file: file })
     }
-}
-
-/// The lock file's path for the store at `path`.
-fn lock_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    PathBuf::from(name)
 }
 
 fn write_pid(file: &mut File) -> std::io::Result<()> {

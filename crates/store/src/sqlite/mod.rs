@@ -11,6 +11,7 @@
 //! The file can be inspected with the stock `sqlite3` tool while the store is closed.
 
 mod backup;
+mod files;
 mod hub;
 mod leases;
 mod lock;
@@ -52,10 +53,11 @@ const QUEUE_GRAIN: usize = 1024;
 /// How a store is run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Revisions of history to keep; older ones are compacted as new ones come. `None`: only
-    /// [`Store::compact`] compacts.
+    /// Revisions of history to keep; older ones are compacted as new ones come. When the file is
+    /// nearly full, an eighth of them is kept. `None`: only [`Store::compact`] compacts.
     pub keep_revisions: Option<u64>,
-    /// Largest size of the database file in bytes; beyond it writes get [`Error::NoSpace`].
+    /// Size of the database file in bytes from which puts get [`Error::NoSpace`]. Deletions and
+    /// compaction, which make room, go on.
     pub max_bytes: u64,
     /// Connections that read at once.
     pub readers: usize,
@@ -178,7 +180,9 @@ impl SqliteStore {
 
     fn start(path: PathBuf, options: Options, temporary: Option<tempfile::TempDir>) -> Result<Self> {
         let lock = StoreLock::take(&path)?;
-        schema::create_file(&path)?;
+        if !files::exists(&path)? {
+            schema::create(&path)?;
+        }
         let conn = schema::open_writer(&path, options.max_bytes)?;
         let reader = Reader { conn: &conn, path: &path };
         let (revision, compacted) = (reader.revision()?, reader.compacted()?);
@@ -267,11 +271,13 @@ impl Store for SqliteStore {
         if from < 0 {
             return Err(Error::InvalidRevision { requested: from });
         }
-        let (newest, oldest) = self.shared.snapshot(|reader| Ok((reader.revision()?, reader.compacted()?))).await?;
-        let next = if from == 0 { newest + 1 } else { from };
-        if next < oldest {
-            return Err(Error::Compacted { oldest });
-        }
+        let next = self
+            .shared
+            .snapshot(move |reader| match from {
+                0 => Ok(reader.revision()? + 1),
+                _ => reader.check_watchable(from).map(|()| from),
+            })
+            .await?;
         Ok(WatchStream::new(Watcher::new(&self.shared, prefix, next).into_stream()))
     }
 

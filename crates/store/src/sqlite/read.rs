@@ -39,7 +39,7 @@ impl Reader<'_> {
         read_meta(self.conn, self.path, "revision")
     }
 
-    /// The oldest revision that is kept.
+    /// The oldest revision that can be read; changes after it can be watched.
     pub(super) fn compacted(&self) -> Result<Revision> {
         read_meta(self.conn, self.path, "compacted")
     }
@@ -119,13 +119,16 @@ impl Reader<'_> {
         Ok(page)
     }
 
+    /// Checks that the log has all changes of revision `from` and later.
+    pub(super) fn check_watchable(&self, from: Revision) -> Result<()> {
+        let oldest = self.compacted()? + 1;
+        if from < oldest { Err(Error::Compacted { oldest }) } else { Ok(()) }
+    }
+
     /// Logged changes under `prefix` from revision `from` on, and the revision to go on from. Stops
     /// at a revision's end once `budget` bytes are gathered. Needs a transaction.
     pub(super) fn history(&self, prefix: &str, from: Revision, budget: usize) -> Result<(Vec<WatchBatch>, Revision)> {
-        let oldest = self.compacted()?;
-        if from < oldest {
-            return Err(Error::Compacted { oldest });
-        }
+        self.check_watchable(from)?;
         let newest = self.revision()?;
         let end = upper_bound(prefix_end(prefix).as_deref());
         let mut statement = self

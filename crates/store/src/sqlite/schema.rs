@@ -10,13 +10,14 @@
 //!
 //! `meta` holds the schema version, the newest revision and the compacted revision.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
 
+use super::files;
 use crate::error::{Error, Result};
 use crate::model::Revision;
 
@@ -28,6 +29,8 @@ const APPLICATION_ID: i64 = 0x6872_7468;
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// Size of the write-ahead log, in pages, from which it is copied back into the database file.
 const CHECKPOINT_PAGES: u32 = 4000;
+/// Pages beyond the size limit (and its sixteenth) for deletions, which need room before they make it.
+const RESERVE_PAGES: u64 = 2048;
 
 const TABLES: &str = "
 CREATE TABLE meta (
@@ -63,58 +66,54 @@ CREATE TABLE lease (
 INSERT INTO meta VALUES ('schema_version', 1), ('revision', 0), ('compacted', 0);
 ";
 
-/// Creates an empty database file, readable by its owner only, if there is none. SQLite gives its
-/// side files the same mode.
-pub(super) fn create_file(path: &Path) -> Result<()> {
-    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        Ok(_) => sync_directory(path),
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(Error::io("cannot create store", path, &e)),
-    }
+/// Makes an empty store. It appears under its name as a whole, so that an empty file there is never
+/// taken for a store that is yet to be filled.
+pub(super) fn create(path: &Path) -> Result<()> {
+    files::build(path, |partial| {
+        files::refuse_orphaned_log(path)?;
+        let conn = connect(partial, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        let failed = |e: rusqlite::Error| sql_error(partial, "cannot create tables in", &e);
+        conn.execute_batch(&format!(
+            "PRAGMA page_size = {PAGE_BYTES}; BEGIN; {TABLES} PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
+        ))
+        .map_err(failed)?;
+        conn.close().map_err(|(_, e)| failed(e))
+    })
 }
 
-/// Makes a created or renamed file's directory entry durable.
-pub(super) fn sync_directory(path: &Path) -> Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    File::open(&parent).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("cannot sync directory", parent, &e))
-}
-
-/// Opens the writer's connection, creates the tables in a new file, and checks an old one.
+/// Opens the writer's connection and checks the store.
 pub(super) fn open_writer(path: &Path, max_bytes: u64) -> Result<Connection> {
+    refuse_cut_off(path)?;
     let conn = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-    let run = |action: &'static str, sql: &str| conn.execute_batch(sql).map_err(|e| sql_error(path, action, &e));
     identify(&conn, path)?;
-    run("cannot configure", &format!("PRAGMA page_size = {PAGE_BYTES}"))?;
-    let mode: String = conn
-        .query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))
-        .map_err(|e| sql_error(path, "cannot configure", &e))?;
+    let failed = |e: rusqlite::Error| sql_error(path, "cannot configure", &e);
+    let mode: String = conn.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(failed)?;
     if mode != "wal" {
         let detail = format!("its file system does not support write-ahead logging (mode {mode})");
         return Err(Error::Backend { action: "cannot configure", path: path.to_owned(), detail });
     }
-    run(
-        "cannot configure",
-        &format!(
-            "PRAGMA synchronous = FULL;
-             PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
-             PRAGMA journal_size_limit = {};
-             PRAGMA max_page_count = {};",
-            u64::from(CHECKPOINT_PAGES) * PAGE_BYTES * 2,
-            (max_bytes / PAGE_BYTES).max(1),
-        ),
-    )?;
-    if identify(&conn, path)? == Identity::Empty {
-        // One transaction: a crash leaves either an empty file or a whole store.
-        run(
-            "cannot create tables in",
-            &format!("BEGIN IMMEDIATE; {TABLES} PRAGMA application_id = {APPLICATION_ID}; COMMIT;"),
-        )?;
-    }
+    conn.execute_batch(&format!(
+        "PRAGMA synchronous = FULL;
+         PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+         PRAGMA journal_size_limit = {};
+         PRAGMA max_page_count = {};",
+        u64::from(CHECKPOINT_PAGES) * PAGE_BYTES * 2,
+        (max_bytes.saturating_add(max_bytes / 16) / PAGE_BYTES).saturating_add(RESERVE_PAGES),
+    ))
+    .map_err(failed)?;
     check(&conn, path)?;
     Ok(conn)
+}
+
+/// Bytes of the file that hold content.
+pub(super) fn used_bytes(conn: &Connection, path: &Path) -> Result<u64> {
+    let pragma = |sql: &str| {
+        conn.prepare_cached(sql)
+            .and_then(|mut statement| statement.query_row([], |row| row.get::<_, i64>(0)))
+            .map_err(|e| sql_error(path, "cannot read", &e))
+    };
+    let pages = pragma("PRAGMA page_count")? - pragma("PRAGMA freelist_count")?;
+    Ok(u64::try_from(pages).unwrap_or(0).saturating_mul(PAGE_BYTES))
 }
 
 /// Opens a connection for reading.
@@ -137,31 +136,33 @@ fn connect(path: &Path, mode: OpenFlags) -> Result<Connection> {
     Ok(conn)
 }
 
-#[derive(PartialEq, Eq)]
-enum Identity {
-    Empty,
-    Store,
+/// Refuses what is not a store.
+fn identify(conn: &Connection, path: &Path) -> Result<()> {
+    let reason = match conn.query_row("PRAGMA application_id", [], |row| row.get::<_, i64>(0)) {
+        Ok(APPLICATION_ID) => return Ok(()),
+        Ok(0) => "it is empty, or an SQLite database of something else".to_owned(),
+        Ok(id) => format!("it is an SQLite database of something else (application id {id:#x})"),
+        Err(e) => return Err(sql_error(path, "cannot read", &e)),
+    };
+    Err(Error::NotAStore { path: path.to_owned(), reason })
 }
 
-/// Tells an empty database from a store, and refuses anything else.
-fn identify(conn: &Connection, path: &Path) -> Result<Identity> {
-    let failed = |e: rusqlite::Error| match e.sqlite_error_code() {
-        Some(ErrorCode::NotADatabase) => Error::NotAStore {
-            path: path.to_owned(),
-            reason: "it is no SQLite database, or its header is damaged".to_owned(),
-        },
-        _ => sql_error(path, "cannot read", &e),
-    };
-    let id: i64 = conn.query_row("PRAGMA application_id", [], |row| row.get(0)).map_err(failed)?;
-    let tables: i64 = conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(failed)?;
-    match (id, tables) {
-        (APPLICATION_ID, 1..) => Ok(Identity::Store),
-        (0, 0) => Ok(Identity::Empty),
-        _ => Err(Error::NotAStore {
-            path: path.to_owned(),
-            reason: format!("it is an SQLite database of something else (application id {id:#x}, {tables} tables)"),
-        }),
+/// Refuses a file that ends within a page, which SQLite would fill up with zeros. Only a crash while
+/// the write-ahead log is copied back may leave one, and then the log has the page.
+fn refuse_cut_off(path: &Path) -> Result<()> {
+    let size = files::size(path)?.unwrap_or(0);
+    let logged = files::size(&files::with_suffix(path, "-wal"))?.unwrap_or(0);
+    if size % PAGE_BYTES != 0 && logged == 0 {
+        // What does not even begin like a database gets a better error later.
+        let mut header = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(16).read_to_end(&mut header))
+            .map_err(|e| Error::io("cannot read", path, &e))?;
+        if header == b"SQLite format 3\0" {
+            return Err(corrupt(path, format!("its {size} bytes are no whole number of pages, it was cut off")));
+        }
     }
+    Ok(())
 }
 
 /// Refuses a newer schema and a damaged file.
@@ -209,7 +210,11 @@ pub(super) fn corrupt(path: &Path, detail: impl Into<String>) -> Error {
 pub(super) fn sql_error(path: &Path, action: &'static str, error: &rusqlite::Error) -> Error {
     let detail = error.to_string();
     match error.sqlite_error_code() {
-        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => corrupt(path, detail),
+        Some(ErrorCode::DatabaseCorrupt) => corrupt(path, detail),
+        Some(ErrorCode::NotADatabase) => Error::NotAStore {
+            path: path.to_owned(),
+            reason: "it is no SQLite database, or its header is damaged".to_owned(),
+        },
         Some(ErrorCode::DiskFull) => Error::NoSpace {
             path: path.to_owned(),
             detail: "its file system or its size limit is full: make room, or compact it".to_owned(),

@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::Shared;
 use super::hub::Commit;
 use super::read::Reader;
-use super::schema::sql_error;
+use super::schema::{sql_error, used_bytes};
 use crate::error::{Error, Result};
 use crate::model::{Event, EventKind, KeyValue, LeaseId, Op, Revision, Txn, TxnOutcome};
 
@@ -58,7 +58,7 @@ pub(super) struct Writer {
     queue: Receiver<Queued>,
     /// Newest durable revision.
     revision: Revision,
-    /// Oldest revision that is kept.
+    /// Oldest revision that can be read.
     compacted: Revision,
     /// The log may have rows that no reader can ask for.
     purge: bool,
@@ -69,6 +69,9 @@ pub(super) struct Writer {
 /// Changes of the group that is being applied.
 struct Group<'a> {
     reader: Reader<'a>,
+    /// Bytes used before the group, and how many there may be.
+    used_bytes: u64,
+    max_bytes: u64,
     revision: Revision,
     compacted: Revision,
     commits: Vec<Commit>,
@@ -93,8 +96,18 @@ impl Writer {
             let (requests, more) = self.gather();
             self.commit(requests);
             if !more {
-                return;
+                break;
             }
+        }
+        self.close();
+    }
+
+    /// Copies the write-ahead log back, so that one file is left when the last connection closes.
+    fn close(self) {
+        self.shared.idle_readers.lock().clear();
+        if let Err(error) = self.conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())) {
+            // The next open replays the log instead.
+            tracing::warn!(%error, path = %self.shared.path.display(), "the store's log could not be copied back");
         }
     }
 
@@ -197,6 +210,8 @@ impl Writer {
                 .transaction_with_behavior(TransactionBehavior::Immediate)
                 .map_err(failed("cannot begin a transaction in"))?;
             let mut group = Group {
+                used_bytes: used_bytes(&transaction, &path)?,
+                max_bytes: self.shared.options.max_bytes,
                 reader: Reader { conn: &transaction, path: &path },
                 revision: self.revision,
                 compacted: self.compacted,
@@ -334,10 +349,14 @@ impl Group<'_> {
             }
         }
         for op in &txn.ops {
-            if let Op::Put { lease: Some(id), .. } = op
-                && !self.lease_exists(*id)?
+            let Op::Put { lease, .. } = op else { continue };
+            if self.used_bytes >= self.max_bytes {
+                return Ok(Err(self.full()));
+            }
+            if let Some(id) = *lease
+                && !self.lease_exists(id)?
             {
-                return Ok(Err(Error::LeaseNotFound { id: *id }));
+                return Ok(Err(Error::LeaseNotFound { id }));
             }
         }
         let mut events = Vec::with_capacity(txn.ops.len());
@@ -453,9 +472,21 @@ impl Group<'_> {
         Ok(())
     }
 
-    /// Bounds the history when that is asked for, in steps of an eighth.
+    fn full(&self) -> Error {
+        let detail = format!(
+            "it uses {} of {} bytes: delete keys, compact it or raise its limit",
+            self.used_bytes, self.max_bytes
+        );
+        Error::NoSpace { path: self.reader.path.to_owned(), detail }
+    }
+
+    /// Bounds the history when that is asked for, in steps of an eighth. History gives way before
+    /// writes are refused.
     fn auto_compact(&mut self, keep: Option<u64>) {
-        let Some(keep) = keep.and_then(|keep| i64::try_from(keep).ok()) else { return };
+        let Some(mut keep) = keep.and_then(|keep| i64::try_from(keep).ok()) else { return };
+        if self.used_bytes >= self.max_bytes - self.max_bytes / 8 {
+            keep /= 8;
+        }
         if self.revision.saturating_sub(self.compacted) > keep.saturating_add(keep / 8) {
             self.compacted = self.revision - keep;
         }
@@ -465,7 +496,7 @@ impl Group<'_> {
     fn purge(&self) -> Result<bool> {
         let dropped = self.execute(
             "DELETE FROM log WHERE (revision, seq) IN
-                 (SELECT revision, seq FROM log WHERE revision < ?1 ORDER BY revision, seq LIMIT ?2)",
+                 (SELECT revision, seq FROM log WHERE revision <= ?1 ORDER BY revision, seq LIMIT ?2)",
             [self.compacted, PURGE_ROWS],
         )?;
         Ok(i64::try_from(dropped).unwrap_or(i64::MAX) >= PURGE_ROWS)
