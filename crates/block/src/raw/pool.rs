@@ -50,10 +50,13 @@ impl PoolQueue {
             .map_err(|errno| BlockError::PoolSetup(errno.into()))?;
         let jobs = Mutex::new(Jobs { waiting: VecDeque::new(), finished: Vec::new(), closing: false });
         let pool = Arc::new(Pool { shared, jobs, wake: Condvar::new(), completed });
-        Ok(Self { pool, threads: Vec::new(), batch: Vec::new(), spare: Vec::new(), capacity, in_flight: 0 })
+        let mut queue =
+            Self { pool, threads: Vec::new(), batch: Vec::new(), spare: Vec::new(), capacity, in_flight: 0 };
+        queue.spawn()?;
+        Ok(queue)
     }
 
-    /// Threads start with the first request: an idle disk costs nothing.
+    /// Threads start with the queue: later the process may be confined and not allowed to make any.
     fn spawn(&mut self) -> Result<(), BlockError> {
         while self.threads.len() < THREADS {
             let pool = Arc::clone(&self.pool);
@@ -89,7 +92,6 @@ impl VolumeQueue for PoolQueue {
         if self.batch.is_empty() {
             return Ok(());
         }
-        self.spawn()?;
         self.pool.jobs().waiting.extend(self.batch.drain(..));
         self.pool.wake.notify_all();
         Ok(())

@@ -10,6 +10,8 @@ mod bus_test;
 #[cfg(test)]
 mod config_test;
 #[cfg(test)]
+pub(crate) mod fuzzing;
+#[cfg(test)]
 mod msix_test;
 
 pub use bus::{DecodedBar, PciBus, PciDevice, PciError, PciLayout, SLOTS};

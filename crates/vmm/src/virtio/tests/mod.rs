@@ -2,6 +2,7 @@
 
 mod block_test;
 mod driver;
+mod hostile_test;
 
 mod lifecycle_test;
 mod machine;
