@@ -1,6 +1,6 @@
 //! The engine: hosts as dense numbers, the grids they are indexed in, and the choice among them.
 
-use std::collections::HashMap;
+use hashbrown::HashMap;
 
 use crate::amounts::{Amounts, Levels};
 use crate::grid::{Grid, Spot, Visit};
@@ -305,7 +305,7 @@ fn search_grids(rules: &Rules, facts: &Facts<'_>, partitions: &mut [Partition], 
     let wishes = rules.has_wishes();
     let mut starts = Random(random.next());
     for partition in partitions.iter_mut().filter(|partition| partition.matches(rules)) {
-        let mut seen = 0;
+        let (mut seen, mut found) = (0, None);
         partition.grid.search(
             rules.target,
             rules.descending,
@@ -314,13 +314,19 @@ fn search_grids(rules: &Rules, facts: &Facts<'_>, partitions: &mut [Partition], 
                 if best.beats(spot, rules.descending) {
                     return Visit::Stop;
                 }
-                if !rules.admit(facts, slot) {
-                    return Visit::Continue;
-                }
-                let unmet = if wishes { rules.unmet_wishes(facts, slot) } else { 0 };
-                best.offer(unmet, spot, slot, rules.descending, random);
                 seen += 1;
-                if unmet == 0 || seen >= WISH_BUDGET { Visit::Stop } else { Visit::Continue }
+                let unmet = if wishes { rules.unmet_wishes(facts, slot) } else { 0 };
+                // Cheap first: a host that cannot be better than one found here is not looked at.
+                let useful = found.is_none_or(|least| unmet < least);
+                if useful && rules.admit(facts, slot) {
+                    best.offer(unmet, spot, slot, rules.descending, random);
+                    found = Some(unmet);
+                }
+                match found {
+                    Some(0) => Visit::Stop,
+                    Some(_) if seen >= WISH_BUDGET => Visit::Stop,
+                    _ => Visit::Continue,
+                }
             },
         );
     }

@@ -23,6 +23,9 @@ const MEMORY_PRECISION: u32 = 4;
 /// Columns per doubling of free vCPUs: 8 (exact up to 16 vCPUs).
 const VCPU_PRECISION: u32 = 3;
 
+/// Among so many equally good hosts in one cell the first candidate is drawn.
+const TIE_WINDOW: usize = 16;
+
 /// A place in the grid. Ordered as best fit prefers: the smaller, the better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Spot(u32);
@@ -193,7 +196,8 @@ impl Grid {
     }
 
     /// Shows the visitor every host that can possibly hold the target (it must still check), the smallest spot first or
-    /// (`descending`) the largest; within one cell from a random place on (`random_start` draws below the cell's size).
+    /// (`descending`) the largest; within one cell it starts at random (`random_start` draws below a bound) with one of
+    /// the [`TIE_WINDOW`] hosts that came in last.
     pub(crate) fn search(
         &mut self,
         target: Target,
@@ -268,10 +272,13 @@ impl Grid {
             if !cell.bound.may_fit(target.levels) {
                 continue;
             }
-            let start = random_start(cell.entries.len());
-            let (before, from) = cell.entries.split_at_checked(start).unwrap_or((&[], &cell.entries));
+            // Downwards from one of the last entries, then the rest: the last came in most lately, so that they are likely
+            // still in the processor's cache.
+            let len = cell.entries.len();
+            let end = len - random_start(len.min(TIE_WINDOW));
+            let (until, after) = cell.entries.split_at_checked(end).unwrap_or((&cell.entries, &[]));
             let mut found_here = false;
-            for entry in from.iter().chain(before) {
+            for entry in until.iter().rev().chain(after.iter().rev()) {
                 if entry.levels.may_fit(target.levels) {
                     found_here = true;
                     if let Visit::Stop = visit(spot, entry.slot) {

@@ -1,8 +1,9 @@
 //! Groups of allocations: who stands where, so that each rule is one look-up per host.
 
-use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+
+use hashbrown::HashMap;
 
 use crate::hash::NumberMap;
 use crate::host_set::HostSet;
@@ -77,15 +78,21 @@ pub(crate) struct Group {
     kind: GroupKind,
     members: u32,
     hosts: HostSet,
+    /// What only some groups need. A vacant place keeps it for the next group.
+    details: Option<Box<Details>>,
+}
+
+#[derive(Debug, Default)]
+struct Details {
     /// Members on hosts that hold more than one: how many more.
     more: NumberMap<u32>,
     /// Placement groups only: use by rack, members by zone and by partition.
     domains: NumberMap<DomainUse>,
+    zones: Vec<(u32, u32)>,
+    partitions: Vec<(u32, u32)>,
     /// Members (domain, partition, how many) that stand in a rack of another partition, which only `reserve` and
     /// `move_allocation` can bring about.
     strays: Vec<(u32, u32, u32)>,
-    zones: Vec<(u32, u32)>,
-    partitions: Vec<(u32, u32)>,
 }
 
 /// Placement groups and plain groups have names of their own each.
@@ -113,32 +120,48 @@ impl Group {
 
     /// Whether a member stands in this rack (or on this host without a rack).
     pub(crate) fn uses_domain(&self, domain: u32) -> bool {
-        self.domains.contains_key(&domain)
+        self.details.as_ref().is_some_and(|details| details.domains.contains_key(&domain))
     }
 
     /// Whether a rack holds no members of any but the `allowed` partitions, and of one partition at most.
     pub(crate) fn domain_is_for(&self, domain: u32, allowed: RangeInclusive<u32>) -> bool {
-        self.domains.get(&domain).is_none_or(|used| allowed.contains(&used.partition))
-            && !self.strays.iter().any(|stray| stray.0 == domain)
+        self.details.as_ref().is_none_or(|details| {
+            details.domains.get(&domain).is_none_or(|used| allowed.contains(&used.partition))
+                && !details.strays.iter().any(|stray| stray.0 == domain)
+        })
     }
 
     pub(crate) fn members_in_zone(&self, zone: u32) -> u32 {
-        count_of(&self.zones, zone)
+        self.details.as_ref().map_or(0, |details| count_of(&details.zones, zone))
     }
 
     pub(crate) fn members_in_partition(&self, partition: u32) -> u32 {
-        count_of(&self.partitions, partition)
+        self.details.as_ref().map_or(0, |details| count_of(&details.partitions, partition))
     }
 
     /// The rack of all members, if they stand in one.
     pub(crate) fn rack_of_all(&self) -> Option<u32> {
-        let mut domains = self.domains.keys();
+        let mut domains = self.details.as_ref()?.domains.keys();
         domains.next().copied().filter(|domain| *domain < NO_RACK && domains.next().is_none())
     }
 
     /// Whether members stand in racks at all.
     pub(crate) fn in_racks(&self) -> bool {
-        self.domains.keys().any(|domain| *domain < NO_RACK)
+        self.details.as_ref().is_some_and(|details| details.domains.keys().any(|domain| *domain < NO_RACK))
+    }
+}
+
+impl Details {
+    fn join(&mut self, place: Place, partition: u32) {
+        self.join_domain(place.domain, partition);
+        raise(&mut self.zones, place.zone);
+        raise(&mut self.partitions, partition);
+    }
+
+    fn leave(&mut self, place: Place, partition: u32) {
+        self.leave_domain(place.domain, partition);
+        lower(&mut self.zones, place.zone);
+        lower(&mut self.partitions, partition);
     }
 
     fn join_domain(&mut self, domain: u32, partition: u32) {
@@ -256,12 +279,10 @@ impl Groups {
         let Some(group) = self.groups.get_mut(membership.group as usize) else { return };
         group.members += 1;
         if !group.hosts.insert(slot) {
-            *group.more.entry(slot).or_insert(0) += 1;
+            *group.details.get_or_insert_default().more.entry(slot).or_insert(0) += 1;
         }
         if group.kind == GroupKind::Placement {
-            group.join_domain(place.domain, membership.partition);
-            raise(&mut group.zones, place.zone);
-            raise(&mut group.partitions, membership.partition);
+            group.details.get_or_insert_default().join(place, membership.partition);
         }
     }
 
@@ -269,10 +290,9 @@ impl Groups {
     pub(crate) fn relocate(&mut self, membership: Membership, from: Place, to: Place) {
         let Some(group) = self.groups.get_mut(membership.group as usize) else { return };
         if group.kind == GroupKind::Placement {
-            group.leave_domain(from.domain, membership.partition);
-            group.join_domain(to.domain, membership.partition);
-            lower(&mut group.zones, from.zone);
-            raise(&mut group.zones, to.zone);
+            let details = group.details.get_or_insert_default();
+            details.leave(from, membership.partition);
+            details.join(to, membership.partition);
         }
     }
 
@@ -280,19 +300,12 @@ impl Groups {
     pub(crate) fn leave(&mut self, membership: Membership, slot: u32, place: Place) {
         let Some(group) = self.groups.get_mut(membership.group as usize) else { return };
         group.members -= 1;
-        match group.more.get_mut(&slot) {
-            Some(1) => {
-                group.more.remove(&slot);
-            }
-            Some(more) => *more -= 1,
-            None => {
-                group.hosts.remove(slot);
-            }
+        let more = group.details.as_deref_mut().map(|details| &mut details.more);
+        if !more.is_some_and(|more| take_one(more, slot)) {
+            group.hosts.remove(slot);
         }
         if group.kind == GroupKind::Placement {
-            group.leave_domain(place.domain, membership.partition);
-            lower(&mut group.zones, place.zone);
-            lower(&mut group.partitions, membership.partition);
+            group.details.get_or_insert_default().leave(place, membership.partition);
         }
         if group.members == 0
             && let Some(name) = group.name.take()
@@ -302,4 +315,16 @@ impl Groups {
             self.vacant.push(membership.group);
         }
     }
+}
+
+/// Lowers a count; `false` if there is none.
+fn take_one(counts: &mut NumberMap<u32>, key: u32) -> bool {
+    match counts.get_mut(&key) {
+        None => return false,
+        Some(1) => {
+            counts.remove(&key);
+        }
+        Some(count) => *count -= 1,
+    }
+    true
 }

@@ -1,8 +1,9 @@
 //! A quick hasher for maps keyed by numbers that this crate hands out itself (slots, racks), which nobody outside can
 //! choose so as to collide.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+
+use hashbrown::HashMap;
 
 /// A map keyed by our own small numbers.
 pub(crate) type NumberMap<V> = HashMap<u32, V, BuildHasherDefault<NumberHasher>>;

@@ -1,78 +1,146 @@
-//! Sets of hosts by slot number: few as a sorted list, many as a bitmap.
+//! Sets of hosts by slot number: a handful in place, more as a sorted list, many as a bitmap.
+
+/// So many are kept in place, without memory of their own: most groups are no larger.
+const FEW: usize = 7;
 
 /// Above this many, the list becomes a bitmap; at half of it, a list again.
 const LIST_MAX: usize = 64;
 
 /// A set of host slots with quick membership tests; iterates in ascending order.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct HostSet {
-    /// All members, ascending, while `bits` is empty.
-    list: Vec<u32>,
-    /// One bit per slot, or empty while the list is used.
-    bits: Vec<u64>,
-    len: usize,
+    len: u32,
+    /// All members, ascending, while `more` is absent.
+    few: [u32; FEW],
+    /// All members once they were more than a few.
+    more: Option<Box<Many>>,
+}
+
+#[derive(Debug)]
+enum Many {
+    /// Ascending.
+    List(Vec<u32>),
+    /// One bit per slot.
+    Bits(Vec<u64>),
 }
 
 impl HostSet {
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
+    fn few(&self) -> &[u32] {
+        let count = if self.more.is_some() { 0 } else { self.len as usize };
+        self.few.get(..count).unwrap_or_default()
+    }
+
     #[inline]
     pub(crate) fn contains(&self, slot: u32) -> bool {
-        if !self.bits.is_empty() {
-            return self.bits.get(word_of(slot)).is_some_and(|word| word & bit_of(slot) != 0);
+        match self.more.as_deref() {
+            None => self.few().contains(&slot),
+            Some(Many::List(list)) => list.binary_search(&slot).is_ok(),
+            Some(Many::Bits(bits)) => bits.get(word_of(slot)).is_some_and(|word| word & bit_of(slot) != 0),
         }
-        if self.list.len() <= 8 { self.list.contains(&slot) } else { self.list.binary_search(&slot).is_ok() }
     }
 
     /// Adds a slot; `false` if it was there.
     pub(crate) fn insert(&mut self, slot: u32) -> bool {
-        if self.bits.is_empty() {
-            let Err(position) = self.list.binary_search(&slot) else { return false };
-            if self.list.len() < LIST_MAX {
-                self.list.insert(position, slot);
-                self.len += 1;
-                return true;
-            }
-            let list = std::mem::take(&mut self.list);
-            for member in list {
-                self.set_bit(member);
-            }
-        }
-        let fresh = self.set_bit(slot);
-        self.len += usize::from(fresh);
+        let fresh = match self.more.as_deref_mut() {
+            None => return self.insert_few(slot),
+            Some(Many::Bits(bits)) => set_bit(bits, slot),
+            Some(Many::List(list)) => match list.binary_search(&slot) {
+                Ok(_) => false,
+                Err(position) if list.len() < LIST_MAX => {
+                    list.insert(position, slot);
+                    true
+                }
+                Err(_) => {
+                    let mut bits = Vec::new();
+                    for member in list.iter().chain([&slot]) {
+                        set_bit(&mut bits, *member);
+                    }
+                    self.more = Some(Box::new(Many::Bits(bits)));
+                    true
+                }
+            },
+        };
+        self.len += u32::from(fresh);
         fresh
+    }
+
+    fn insert_few(&mut self, slot: u32) -> bool {
+        let Err(position) = self.few().binary_search(&slot) else { return false };
+        let len = self.len as usize;
+        if len < FEW {
+            if let Some(tail) = self.few.get_mut(position..=len) {
+                tail.rotate_right(1);
+                if let Some(first) = tail.first_mut() {
+                    *first = slot;
+                }
+            }
+        } else {
+            let mut list = self.few.to_vec();
+            list.insert(position, slot);
+            self.more = Some(Box::new(Many::List(list)));
+        }
+        self.len += 1;
+        true
     }
 
     /// Takes a slot out; `false` if it was not there.
     pub(crate) fn remove(&mut self, slot: u32) -> bool {
-        if self.bits.is_empty() {
-            let Ok(position) = self.list.binary_search(&slot) else { return false };
-            self.list.remove(position);
-            self.len -= 1;
-            return true;
+        match self.more.as_deref_mut() {
+            None => {
+                let Ok(position) = self.few().binary_search(&slot) else { return false };
+                if let Some(tail) = self.few.get_mut(position..self.len as usize) {
+                    tail.rotate_left(1);
+                }
+            }
+            Some(Many::List(list)) => {
+                let Ok(position) = list.binary_search(&slot) else { return false };
+                list.remove(position);
+            }
+            Some(Many::Bits(bits)) => {
+                let Some(word) = bits.get_mut(word_of(slot)) else { return false };
+                if *word & bit_of(slot) == 0 {
+                    return false;
+                }
+                *word &= !bit_of(slot);
+            }
         }
-        let Some(word) = self.bits.get_mut(word_of(slot)) else { return false };
-        if *word & bit_of(slot) == 0 {
-            return false;
-        }
-        *word &= !bit_of(slot);
         self.len -= 1;
-        if self.len <= LIST_MAX / 2 {
-            let list = self.iter().collect();
-            self.list = list;
-            self.bits = Vec::new();
-        }
+        self.shrink();
         true
     }
 
+    /// Goes back to a smaller form well below its limit, so that a set at the limit does not go to and fro.
+    fn shrink(&mut self) {
+        match self.more.as_deref() {
+            Some(Many::List(list)) if list.len() <= FEW / 2 => {
+                for (place, slot) in self.few.iter_mut().zip(list) {
+                    *place = *slot;
+                }
+                self.more = None;
+            }
+            Some(Many::Bits(_)) if self.len() <= LIST_MAX / 2 => {
+                let list = self.iter().collect();
+                self.more = Some(Box::new(Many::List(list)));
+            }
+            _ => {}
+        }
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let from_bits = self.bits.iter().zip(0u32..).flat_map(|(word, index)| {
+        let (list, bits): (&[u32], &[u64]) = match self.more.as_deref() {
+            None => (self.few(), &[]),
+            Some(Many::List(list)) => (list, &[]),
+            Some(Many::Bits(bits)) => (&[], bits),
+        };
+        let from_bits = bits.iter().zip(0u32..).flat_map(|(word, index)| {
             let mut rest = *word;
             std::iter::from_fn(move || {
                 let bit = (rest != 0).then(|| rest.trailing_zeros())?;
@@ -80,19 +148,19 @@ impl HostSet {
                 Some(index * 64 + bit)
             })
         });
-        self.list.iter().copied().chain(from_bits)
+        list.iter().copied().chain(from_bits)
     }
+}
 
-    fn set_bit(&mut self, slot: u32) -> bool {
-        let index = word_of(slot);
-        if index >= self.bits.len() {
-            self.bits.resize(index + 1, 0);
-        }
-        let Some(word) = self.bits.get_mut(index) else { return false };
-        let fresh = *word & bit_of(slot) == 0;
-        *word |= bit_of(slot);
-        fresh
+fn set_bit(bits: &mut Vec<u64>, slot: u32) -> bool {
+    let index = word_of(slot);
+    if index >= bits.len() {
+        bits.resize(index + 1, 0);
     }
+    let Some(word) = bits.get_mut(index) else { return false };
+    let fresh = *word & bit_of(slot) == 0;
+    *word |= bit_of(slot);
+    fresh
 }
 
 fn word_of(slot: u32) -> usize {

@@ -7,6 +7,7 @@
 //! Ids of hosts and allocations are the caller's own types. All other names (zones, racks, labels, groups, images) are
 //! texts.
 
+mod allocations;
 mod amounts;
 mod engine;
 mod explain;

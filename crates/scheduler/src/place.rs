@@ -1,7 +1,5 @@
 //! Decisions: one place, several places, another place.
 
-use std::ops::RangeInclusive;
-
 use crate::amounts::Amounts;
 use crate::grid::Target;
 use crate::groups::{GroupKind, Place};
@@ -102,7 +100,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
 
     /// Zones and racks where a cluster of so many could start: those with enough free in sum, the fullest first.
     fn cluster_starts(&mut self, count: usize, request: &Request<H>) -> Vec<Place> {
-        let mut rules = std::mem::take(&mut self.rules);
+        let mut rules = self.rules.take().unwrap_or_default();
         self.resolve(request, &mut rules);
         let mut rooms: std::collections::BTreeMap<(u32, Option<u32>), (Place, usize)> = Default::default();
         let facts = self.engine.facts();
@@ -112,7 +110,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
                 *room = room.saturating_add(free.count_of(&rules.wanted));
             }
         }
-        self.rules = rules;
+        self.rules = Some(rules);
         let mut starts: Vec<(bool, usize, Place)> = rooms
             .into_values()
             .filter(|(_, room)| *room > 0)
@@ -133,7 +131,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         if let Some(placement) = self.existing(&allocation) {
             return Ok(placement);
         }
-        let mut rules = std::mem::take(&mut self.rules);
+        let mut rules = self.rules.take().unwrap_or_default();
         self.resolve(request, &mut rules);
         rules.excluded.extend(not_on);
         if let Some(start) = start {
@@ -144,7 +142,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
             None => None,
         };
         let answer = answer.ok_or_else(|| self.explain(request, &rules));
-        self.rules = rules;
+        self.rules = Some(rules);
         answer
     }
 
@@ -164,29 +162,29 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         let GroupStrategy::Partition { count, number } = group.strategy else {
             return self.engine.choose(rules).map(|slot| (slot, None));
         };
-        let all = match number {
-            Some(number) if number > count.min(MAX_PARTITIONS) => 1..=0,
-            Some(number) => number..=number,
-            None => 1..=count.min(MAX_PARTITIONS),
-        };
+        let count = count.min(MAX_PARTITIONS);
+        let (first, last) = number.map_or((1, count), |number| (number, number));
+        if first == 0 || last > count || count == 0 {
+            rules.placement = PlacementRule::Nowhere;
+            return None;
+        }
         let found = self.engine.groups.find(GroupKind::Placement, &group.name);
-        let allow = |partitions: RangeInclusive<u32>| match found {
-            _ if partitions.is_empty() || *partitions.start() == 0 => PlacementRule::Nowhere,
-            Some(group) => PlacementRule::Partition { group, first: *partitions.start(), last: *partitions.end() },
+        let allow = |first, last| match found {
+            Some(group) => PlacementRule::Partition { group, first, last },
             None => PlacementRule::Any,
         };
-        let mut numbers: Vec<u32> = all.clone().collect();
+        let mut numbers: Vec<u32> = (first..=last).collect();
         if let Some(group) = found.and_then(|group| self.engine.groups.get(group)) {
             numbers.sort_by_key(|number| group.members_in_partition(*number));
         }
         for number in numbers {
-            rules.placement = allow(number..=number);
+            rules.placement = allow(number, number);
             if let Some(slot) = self.engine.choose(rules) {
                 return Some((slot, Some(number)));
             }
         }
         // What the refusal shall explain: no partition found a place.
-        rules.placement = allow(all);
+        rules.placement = allow(first, last);
         None
     }
 

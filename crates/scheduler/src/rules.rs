@@ -84,12 +84,13 @@ impl Rules {
     /// Whether an active host in the right partition may take the instance and has room for it.
     #[inline]
     pub(crate) fn admit(&self, facts: &Facts<'_>, slot: u32) -> bool {
-        facts.hot.get(slot as usize).is_some_and(|hot| hot.free.fits(&self.wanted))
-            && !self.excluded.contains(&slot)
-            && (self.labels.is_empty() || self.labels_match(facts, slot))
-            && self.placement_allows(facts, slot)
+        // The order is for speed: the groups of a request stay in the processor's cache, hosts do not.
+        !self.excluded.contains(&slot)
             && self.near_affinity(facts, slot)
             && self.far_from_anti_affinity(facts, slot)
+            && facts.hot.get(slot as usize).is_some_and(|hot| hot.free.fits(&self.wanted))
+            && (self.labels.is_empty() || self.labels_match(facts, slot))
+            && self.placement_allows(facts, slot)
     }
 
     /// The first rule that excludes a host, not looking at room.

@@ -1,10 +1,12 @@
 //! The scheduler: names to numbers, accounts of what is allocated where.
 
-use std::collections::HashMap;
 use std::fmt::Display;
 use std::hash::Hash;
 use std::sync::Arc;
 
+use hashbrown::{Equivalent, HashMap};
+
+use crate::allocations::{Allocation, Allocations};
 use crate::amounts::Amounts;
 use crate::engine::{Engine, Meta};
 use crate::groups::{GroupKind, Membership, Memberships, Place};
@@ -34,16 +36,6 @@ impl Default for Config {
     }
 }
 
-/// What stands where.
-#[derive(Debug)]
-pub(crate) struct Allocation {
-    pub(crate) host: u32,
-    /// Order of arrival.
-    pub(crate) sequence: u64,
-    pub(crate) amounts: Amounts,
-    pub(crate) memberships: Memberships,
-}
-
 /// Numbers for names, never taken back: zones, racks, labels and images are few.
 #[derive(Debug)]
 pub(crate) struct Numbers<K>(HashMap<K, u32>);
@@ -57,10 +49,7 @@ impl<K: Hash + Eq> Numbers<K> {
         *self.0.entry(name.clone()).or_insert(next)
     }
 
-    pub(crate) fn get<Q: Hash + Eq + ?Sized>(&self, name: &Q) -> Option<u32>
-    where
-        K: std::borrow::Borrow<Q>,
-    {
+    pub(crate) fn get<Q: Hash + Equivalent<K> + ?Sized>(&self, name: &Q) -> Option<u32> {
         self.0.get(name).copied()
     }
 }
@@ -87,7 +76,9 @@ pub(crate) struct Known<H> {
 pub struct Scheduler<H, A> {
     pub(crate) config: Config,
     pub(crate) engine: Engine,
-    /// By slot; `None` = vacant.
+    /// Hosts' names by slot; `None` = vacant. Apart from `known`, so that answers touch little memory.
+    ids: Vec<Option<H>>,
+    /// What the caller told, by slot; `None` = vacant.
     pub(crate) known: Vec<Option<Known<H>>>,
     pub(crate) slots: HashMap<H, u32>,
     vacant: Vec<u32>,
@@ -95,10 +86,10 @@ pub struct Scheduler<H, A> {
     racks: Numbers<(u32, Arc<str>)>,
     pub(crate) labels: Numbers<Label>,
     pub(crate) images: Numbers<Arc<str>>,
-    pub(crate) allocations: HashMap<A, Allocation>,
+    pub(crate) allocations: Allocations<A>,
     next_sequence: u64,
     /// The last request's rules, kept for their memory.
-    pub(crate) rules: Rules,
+    pub(crate) rules: Option<Box<Rules>>,
     pub(crate) memberships: Vec<Membership>,
 }
 
@@ -116,6 +107,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         Self {
             engine: Engine::new(config.seed),
             config,
+            ids: Vec::new(),
             known: Vec::new(),
             slots: HashMap::new(),
             vacant: Vec::new(),
@@ -123,9 +115,9 @@ impl<H: Key, A: Key> Scheduler<H, A> {
             racks: Numbers::default(),
             labels: Numbers::default(),
             images: Numbers::default(),
-            allocations: HashMap::new(),
+            allocations: Allocations::default(),
             next_sequence: 0,
-            rules: Rules::default(),
+            rules: None,
             memberships: Vec::new(),
         }
     }
@@ -172,14 +164,19 @@ impl<H: Key, A: Key> Scheduler<H, A> {
     fn new_slot(&mut self, host: &H) -> u32 {
         let slot = self.vacant.pop().unwrap_or_else(|| {
             self.known.push(None);
+            self.ids.push(None);
             self.known.len() as u32 - 1
         });
+        if let Some(id) = self.ids.get_mut(slot as usize) {
+            *id = Some(host.clone());
+        }
         self.slots.insert(host.clone(), slot);
         slot
     }
 
     fn move_memberships(&mut self, slot: u32, from: Place, to: Place) {
-        let on_host = self.allocations.values().filter(|allocation| allocation.host == slot);
+        let on_host =
+            self.allocations.iter().map(|(_, allocation)| allocation).filter(|allocation| allocation.host == slot);
         let memberships: Vec<Membership> =
             on_host.flat_map(|allocation| allocation.memberships.as_slice()).copied().collect();
         for membership in &memberships {
@@ -210,8 +207,8 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         }
         self.engine.remove_host(slot);
         self.slots.remove(host);
-        if let Some(known) = self.known.get_mut(slot as usize) {
-            *known = None;
+        if let (Some(known), Some(id)) = (self.known.get_mut(slot as usize), self.ids.get_mut(slot as usize)) {
+            (*known, *id) = (None, None);
         }
         self.vacant.push(slot);
         orphans
@@ -337,7 +334,7 @@ impl<H: Key, A: Key> Scheduler<H, A> {
     }
 
     pub(crate) fn host_name(&self, slot: u32) -> Option<H> {
-        self.known.get(slot as usize)?.as_ref().map(|known| known.spec.id.clone())
+        self.ids.get(slot as usize)?.clone()
     }
 
     fn place_of(&self, slot: u32) -> Place {

@@ -1,6 +1,7 @@
 //! Measures the scheduler: decisions per second on one core, and hosts needed against exact best fit.
 //!
-//! Usage: `placement_bench [--json] [--seed N] [--placements N] [--hosts N,N,...]`
+//! Usage: `placement_bench [--json] [--seed N] [--placements N] [--hosts N,N,...]
+//! [--rules anti-affinity|everything] [--no-packing]`
 #![allow(clippy::indexing_slicing)]
 
 mod packing;
@@ -12,27 +13,43 @@ use std::process::ExitCode;
 use hearth_scheduler::{ResourceVector, Strategy};
 use serde_json::json;
 
-use crate::speed::{Cloud, Figures, Scenario};
+use crate::speed::{Cloud, Figures, Ids, Numbers, Scenario, Texts};
 
 struct Options {
     json: bool,
     seed: u64,
     placements: usize,
     hosts: Vec<u32>,
+    rules: Option<String>,
+    no_packing: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { json: false, seed: 1, placements: 1_000_000, hosts: vec![100, 10_000, 100_000] };
+    let mut options = Options {
+        json: false,
+        seed: 1,
+        placements: 1_000_000,
+        hosts: vec![100, 10_000, 100_000],
+        rules: None,
+        no_packing: false,
+    };
     let mut arguments = std::env::args().skip(1);
+    let mut is_value = false;
     while let Some(argument) = arguments.next() {
-        if argument == "--json" {
-            options.json = true;
+        let flag = match argument.as_str() {
+            "--json" => &mut options.json,
+            "--no-packing" => &mut options.no_packing,
+            _ => &mut is_value,
+        };
+        *flag = true;
+        if !std::mem::take(&mut is_value) {
             continue;
         }
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
         let number = |text: &str| text.parse().map_err(|_| format!("{argument}: '{text}' is not a number"));
         match argument.as_str() {
             "--seed" => options.seed = number(&value)?,
+            "--rules" => options.rules = Some(value),
             "--placements" => options.placements = number(&value)? as usize,
             "--hosts" => {
                 let hosts = value.split(',').map(|text| number(text).map(|n| n.clamp(1, 1_000_000) as u32));
@@ -60,18 +77,29 @@ fn run() -> Result<(), String> {
     if !options.json {
         println!("Decisions on one core, hosts 80 % full, machines come and go at random:");
         println!(
-            "{:>8}  {:14} {:>9}  {:>12} {:>12}  {:>8} {:>8} {:>8}",
-            "hosts", "rules", "live", "placements/s", "releases/s", "p50 ns", "p99 ns", "p99.9 ns"
+            "{:>8}  {:14} {:8} {:>9}  {:>12} {:>12}  {:>8} {:>8} {:>8}",
+            "hosts", "rules", "ids", "live", "placements/s", "releases/s", "p50 ns", "p99 ns", "p99.9 ns"
         );
     }
     for hosts in &options.hosts {
-        for (name, scenario) in [("anti-affinity", Scenario::AntiAffinity), ("everything", Scenario::Everything)] {
-            let figures = Cloud::new(*hosts, scenario, options.seed)?.measure(options.placements)?;
-            if !options.json {
-                print_speed(name, &figures);
+        for (rules, scenario) in [("anti-affinity", Scenario::AntiAffinity), ("everything", Scenario::Everything)] {
+            if options.rules.as_deref().is_some_and(|wanted| wanted != rules) {
+                continue;
             }
-            speeds.push(speed_json(name, &figures));
+            for measure in [measure::<Numbers>, measure::<Texts>] {
+                let (ids, figures) = measure(&options, *hosts, scenario)?;
+                if !options.json {
+                    print_speed(rules, ids, &figures);
+                }
+                speeds.push(speed_json(rules, ids, &figures));
+            }
         }
+    }
+    if options.no_packing {
+        if options.json {
+            println!("{:#}", json!({ "seed": options.seed, "speed": speeds }));
+        }
+        return Ok(());
     }
     let packing = packing_figures(&options)?;
     if options.json {
@@ -80,20 +108,25 @@ fn run() -> Result<(), String> {
     Ok(())
 }
 
-fn print_speed(name: &str, figures: &Figures) {
+fn measure<I: Ids>(options: &Options, hosts: u32, scenario: Scenario) -> Result<(&'static str, Figures), String> {
+    Ok((I::NAME, Cloud::<I>::new(hosts, scenario, options.seed)?.measure(options.placements)?))
+}
+
+fn print_speed(rules: &str, ids: &str, figures: &Figures) {
     let Figures { hosts, live, placements_per_second, releases_per_second, p50, p99, p999, refusals } = figures;
     let (p50, p99, p999) = (p50.as_nanos(), p99.as_nanos(), p999.as_nanos());
-    print!("{hosts:>8}  {name:14} {live:>9}  {placements_per_second:>12.0} {releases_per_second:>12.0}  ");
+    print!("{hosts:>8}  {rules:14} {ids:8} {live:>9}  {placements_per_second:>12.0} {releases_per_second:>12.0}  ");
     println!(
         "{p50:>8} {p99:>8} {p999:>8}{}",
         if *refusals > 0 { format!("  ({refusals} refused)") } else { String::new() }
     );
 }
 
-fn speed_json(name: &str, figures: &Figures) -> serde_json::Value {
+fn speed_json(rules: &str, ids: &str, figures: &Figures) -> serde_json::Value {
     json!({
         "hosts": figures.hosts,
-        "rules": name,
+        "rules": rules,
+        "ids": ids,
         "live_allocations": figures.live,
         "placements_per_second": figures.placements_per_second.round(),
         "releases_per_second": figures.releases_per_second.round(),
