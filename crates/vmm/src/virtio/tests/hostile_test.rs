@@ -25,20 +25,91 @@ const BUFFERS: u64 = 0x20_0000;
 
 #[derive(Clone, Debug)]
 enum Step {
-    ConfigWrite { slot: usize, offset: usize, data: Vec<u8> },
-    ConfigRead { slot: usize, offset: usize, length: usize },
-    BarWrite { slot: usize, offset: u64, data: Vec<u8> },
-    BarRead { slot: usize, offset: u64, length: usize },
-    Common { slot: usize, register: u64, value: u64 },
-    Start { slot: usize, features: u64 },
-    Descriptor { queue: u64, index: u64, address: u64, length: u32, flags: u16, next: u16 },
-    Indirect { index: u64, address: u64, length: u32, flags: u16, next: u16 },
-    Available { queue: u64, entries: Vec<u16>, advance: u16 },
-    Noise { address: u64, data: Vec<u8> },
-    BlockHeader { at: u64, kind: u32, sector: u64 },
-    Kick { slot: usize, queue: u64 },
-    Packet { length: usize },
+    ConfigWrite {
+        slot: usize,
+        offset: usize,
+        data: Vec<u8>,
+    },
+    ConfigRead {
+        slot: usize,
+        offset: usize,
+        length: usize,
+    },
+    BarWrite {
+        slot: usize,
+        offset: u64,
+        data: Vec<u8>,
+    },
+    BarRead {
+        slot: usize,
+        offset: u64,
+        length: usize,
+    },
+    Common {
+        slot: usize,
+        register: u64,
+        value: u64,
+    },
+    Start {
+        slot: usize,
+        features: u64,
+    },
+    Descriptor {
+        queue: u64,
+        index: u64,
+        address: u64,
+        length: u32,
+        flags: u16,
+        next: u16,
+    },
+    Indirect {
+        index: u64,
+        address: u64,
+        length: u32,
+        flags: u16,
+        next: u16,
+    },
+    Available {
+        queue: u64,
+        entries: Vec<u16>,
+        advance: u16,
+    },
+    Noise {
+        address: u64,
+        data: Vec<u8>,
+    },
+    /// A request as a correct driver would build it, perhaps with one descriptor spoilt.
+    Request {
+        slot: usize,
+        queue: u64,
+        start: u16,
+        kind: u32,
+        sector: u64,
+        data: Vec<(u64, u32)>,
+        spoilt: Option<Spoilt>,
+    },
+    BlockHeader {
+        at: u64,
+        kind: u32,
+        sector: u64,
+    },
+    Kick {
+        slot: usize,
+        queue: u64,
+    },
+    Packet {
+        length: usize,
+    },
     Turn,
+}
+
+#[derive(Clone, Debug)]
+struct Spoilt {
+    position: usize,
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
 }
 
 /// Guest addresses: mostly plausible, sometimes at the edges, sometimes anything.
@@ -67,6 +138,31 @@ fn flags() -> impl Strategy<Value = u16> {
 
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
     prop::collection::vec(any::<u8>(), 1..9)
+}
+
+fn request() -> impl Strategy<Value = Step> {
+    let good = (0u64..64, prop::sample::select(vec![512u32, 1024, 4096, 16, 20, 32]))
+        .prop_map(|(index, length)| (BUFFERS + index * 512, length));
+    let data = prop_oneof![
+        3 => prop::collection::vec(good, 0..5),
+        1 => prop::collection::vec((address(), length()), 0..5),
+    ];
+    let spoilt = (0usize..6, address(), length(), any::<u16>(), 0..SIZE + 2).prop_map(
+        |(position, address, length, flags, next)| Spoilt { position, address, length, flags: flags & 7, next },
+    );
+    let kind = prop_oneof![9 => prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]), 1 => any::<u32>()];
+    let sector = prop_oneof![9 => 0u64..80, 1 => any::<u64>()];
+    (1usize..=DEVICES, 0u64..2, 0..SIZE, kind, sector, data, prop::option::weighted(0.15, spoilt)).prop_map(
+        |(slot, queue, start, kind, sector, data, spoilt)| Step::Request {
+            slot,
+            queue,
+            start,
+            kind,
+            sector,
+            data,
+            spoilt,
+        },
+    )
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -103,6 +199,7 @@ fn step() -> impl Strategy<Value = Step> {
         12 => (slot(), 0u64..4).prop_map(|(slot, queue)| Step::Kick { slot, queue }),
         3 => (0usize..70_000).prop_map(|length| Step::Packet { length }),
         6 => Just(Step::Turn),
+        30 => request(),
     ]
 }
 
@@ -164,6 +261,50 @@ impl Guest {
         self.machine.fill(at, &raw);
     }
 
+    fn request(
+        &mut self,
+        slot: usize,
+        queue: u64,
+        (start, kind, sector): (u16, u32, u64),
+        data: &[(u64, u32)],
+        spoilt: Option<Spoilt>,
+    ) {
+        let writes = match slot {
+            1 => !matches!(kind, 1 | 11 | 13),
+            2 => queue == 0,
+            _ => true,
+        };
+        let data = data.iter().map(|(address, length)| (*address, *length, writes));
+        let mut buffers: Vec<(u64, u32, bool)> = Vec::new();
+        if slot == 1 {
+            let place = BUFFERS + 0x10000 + u64::from(start) * 16;
+            self.machine.fill(place, &header(kind, sector));
+            buffers.push((place, 16, false));
+            // Ranges of DISCARD and WRITE_ZEROES.
+            self.machine.fill(BUFFERS, &[header(sector as u32, 8).as_slice(), &header(3, 1 << 32)].concat());
+            buffers.extend(data);
+            buffers.push((BUFFERS + 0x12000 + u64::from(start), 1, true));
+        } else {
+            buffers.extend(data);
+        }
+        let table = rings((slot as u64 - 1) * 4 + queue);
+        let count = buffers.len();
+        for (position, (address, length, write)) in buffers.into_iter().enumerate() {
+            let index = (start + position as u16) % SIZE;
+            let next = (index + 1) % SIZE;
+            let flags = u16::from(position + 1 < count) | u16::from(write) << 1;
+            let descriptor = match &spoilt {
+                Some(spoilt) if spoilt.position == position => {
+                    (spoilt.address, spoilt.length, spoilt.flags, spoilt.next)
+                }
+                _ => (address, length, flags, next),
+            };
+            self.descriptor(table + u64::from(index) * 16, descriptor);
+        }
+        self.step(Step::Available { queue: (slot as u64 - 1) * 4 + queue, entries: vec![start], advance: 1 });
+        self.step(Step::Kick { slot, queue });
+    }
+
     fn step(&mut self, step: Step) {
         match step {
             Step::ConfigWrite { slot, offset, data } => {
@@ -205,6 +346,9 @@ impl Guest {
                 self.machine.fill(ring + 2, &index.wrapping_add(advance).to_le_bytes());
             }
             Step::Noise { address, data } => self.machine.fill(address, &data),
+            Step::Request { slot, queue, start, kind, sector, data, spoilt } => {
+                self.request(slot, queue, (start, kind, sector), &data, spoilt);
+            }
             Step::BlockHeader { at, kind, sector } => {
                 self.machine.fill(BUFFERS + at * 512, &header(kind, sector));
             }
@@ -217,6 +361,16 @@ impl Guest {
                 let _ = self.wire.send(&vec![0x5a; length.max(1)]);
             }
             Step::Turn => self.machine.turn(),
+        }
+    }
+
+    /// Starts devices that gave up or were reset afresh, so that the next rings reach them.
+    fn revive(&mut self, features: u64) {
+        for slot in 1..=DEVICES {
+            let status = self.drivers[slot - 1].status(&self.machine);
+            if status & NEEDS_RESET != 0 || status & DRIVER_OK == 0 {
+                self.start(slot, features);
+            }
         }
     }
 
@@ -257,8 +411,11 @@ fn a_hostile_guest_harms_only_itself() {
         for slot in 1..=DEVICES {
             guest.start(slot, u64::MAX);
         }
-        for step in steps {
+        for (number, step) in steps.into_iter().enumerate() {
             guest.step(step);
+            if number % 16 == 15 {
+                guest.revive(u64::MAX);
+            }
         }
         guest.recover();
         Ok(())
@@ -279,6 +436,7 @@ fn hostile_rings_never_hang_or_panic() {
             .prop_map(|(queue, entries, advance)| Step::Available { queue, entries, advance }),
         1 => (0u64..64, prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]), 0u64..80)
             .prop_map(|(at, kind, sector)| Step::BlockHeader { at, kind, sector }),
+        6 => request(),
         1 => (0usize..70_000).prop_map(|length| Step::Packet { length }),
     ];
     let features = prop_oneof![Just(u64::MAX), Just(!EVENT_IDX), Just(!(1u64 << 15))];
@@ -295,12 +453,7 @@ fn hostile_rings_never_hang_or_panic() {
                         guest.step(Step::Kick { slot, queue });
                     }
                 }
-                // A device that gave up is started afresh, so that the next rings reach it.
-                for slot in 1..=DEVICES {
-                    if guest.drivers[slot - 1].status(&guest.machine) & NEEDS_RESET != 0 {
-                        guest.start(slot, features);
-                    }
-                }
+                guest.revive(features);
             }
         }
         guest.recover();
