@@ -1,7 +1,7 @@
 //! Measures the scheduler: decisions per second on one core, and hosts needed against exact best fit.
 //!
-//! Usage: `placement_bench [--json] [--seed N] [--placements N] [--hosts N,N,...]
-//! [--rules anti-affinity|everything] [--no-packing]`
+//! Usage: `placement_bench [--json FILE] [--seed N] [--placements N] [--hosts N,N,...] [--rules anti-affinity|everything]
+//! [--packing yes|no]`
 #![allow(clippy::indexing_slicing)]
 
 mod packing;
@@ -10,47 +10,40 @@ mod workload;
 
 use std::process::ExitCode;
 
-use hearth_scheduler::{ResourceVector, Strategy};
-use serde_json::json;
+use hearth_scheduler::ResourceVector;
+use serde_json::{Value, json};
 
 use crate::speed::{Cloud, Figures, Ids, Numbers, Scenario, Texts};
+use crate::workload::Stay;
 
 struct Options {
-    json: bool,
+    json: Option<String>,
     seed: u64,
     placements: usize,
     hosts: Vec<u32>,
     rules: Option<String>,
-    no_packing: bool,
+    packing: bool,
 }
 
 fn options() -> Result<Options, String> {
     let mut options = Options {
-        json: false,
+        json: None,
         seed: 1,
         placements: 1_000_000,
         hosts: vec![100, 10_000, 100_000],
         rules: None,
-        no_packing: false,
+        packing: true,
     };
     let mut arguments = std::env::args().skip(1);
-    let mut is_value = false;
     while let Some(argument) = arguments.next() {
-        let flag = match argument.as_str() {
-            "--json" => &mut options.json,
-            "--no-packing" => &mut options.no_packing,
-            _ => &mut is_value,
-        };
-        *flag = true;
-        if !std::mem::take(&mut is_value) {
-            continue;
-        }
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
         let number = |text: &str| text.parse().map_err(|_| format!("{argument}: '{text}' is not a number"));
         match argument.as_str() {
+            "--json" => options.json = Some(value),
             "--seed" => options.seed = number(&value)?,
-            "--rules" => options.rules = Some(value),
             "--placements" => options.placements = number(&value)? as usize,
+            "--rules" => options.rules = Some(value),
+            "--packing" => options.packing = value == "yes",
             "--hosts" => {
                 let hosts = value.split(',').map(|text| number(text).map(|n| n.clamp(1, 1_000_000) as u32));
                 options.hosts = hosts.collect::<Result<_, _>>()?;
@@ -73,39 +66,35 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), String> {
     let options = options()?;
-    let mut speeds = Vec::new();
-    if !options.json {
-        println!("Decisions on one core, hosts 80 % full, machines come and go at random:");
-        println!(
-            "{:>8}  {:14} {:8} {:>9}  {:>12} {:>12}  {:>8} {:>8} {:>8}",
-            "hosts", "rules", "ids", "live", "placements/s", "releases/s", "p50 ns", "p99 ns", "p99.9 ns"
-        );
+    let speed = speed_figures(&options)?;
+    let packing = if options.packing { packing_figures(&options)? } else { json!([]) };
+    if let Some(file) = &options.json {
+        let report = json!({ "seed": options.seed, "speed": speed, "packing": packing });
+        std::fs::write(file, format!("{report:#}\n")).map_err(|problem| format!("{file}: {problem}"))?;
     }
+    Ok(())
+}
+
+fn speed_figures(options: &Options) -> Result<Vec<Value>, String> {
+    println!("Decisions on one core (its processor time), hosts 80 % full, machines come and go at random:");
+    println!(
+        "{:>8}  {:14} {:8} {:>9}  {:>12} {:>12}  {:>8} {:>8} {:>8}",
+        "hosts", "rules", "ids", "live", "placements/s", "releases/s", "p50 ns", "p99 ns", "p99.9 ns"
+    );
+    let mut speeds = Vec::new();
     for hosts in &options.hosts {
         for (rules, scenario) in [("anti-affinity", Scenario::AntiAffinity), ("everything", Scenario::Everything)] {
             if options.rules.as_deref().is_some_and(|wanted| wanted != rules) {
                 continue;
             }
             for measure in [measure::<Numbers>, measure::<Texts>] {
-                let (ids, figures) = measure(&options, *hosts, scenario)?;
-                if !options.json {
-                    print_speed(rules, ids, &figures);
-                }
+                let (ids, figures) = measure(options, *hosts, scenario)?;
+                print_speed(rules, ids, &figures);
                 speeds.push(speed_json(rules, ids, &figures));
             }
         }
     }
-    if options.no_packing {
-        if options.json {
-            println!("{:#}", json!({ "seed": options.seed, "speed": speeds }));
-        }
-        return Ok(());
-    }
-    let packing = packing_figures(&options)?;
-    if options.json {
-        println!("{:#}", json!({ "seed": options.seed, "speed": speeds, "packing": packing }));
-    }
-    Ok(())
+    Ok(speeds)
 }
 
 fn measure<I: Ids>(options: &Options, hosts: u32, scenario: Scenario) -> Result<(&'static str, Figures), String> {
@@ -122,7 +111,7 @@ fn print_speed(rules: &str, ids: &str, figures: &Figures) {
     );
 }
 
-fn speed_json(rules: &str, ids: &str, figures: &Figures) -> serde_json::Value {
+fn speed_json(rules: &str, ids: &str, figures: &Figures) -> Value {
     json!({
         "hosts": figures.hosts,
         "rules": rules,
@@ -137,38 +126,28 @@ fn speed_json(rules: &str, ids: &str, figures: &Figures) -> serde_json::Value {
     })
 }
 
-fn packing_figures(options: &Options) -> Result<serde_json::Value, String> {
+fn packing_figures(options: &Options) -> Result<Value, String> {
     let stays = workload::stays(options.seed, 7.0, 500.0);
     let events = packing::events(&stays);
+    println!("\nMost hosts in use at once for {} machines over 7 days, nothing refused:", stays.len());
+    println!(
+        "{:>6} {:>6}  {:>12} {:>8} {:>15} {:>10}",
+        "vCPUs", "GiB", "volume bound", "hearth", "exact best fit", "first fit"
+    );
     let mut results = Vec::new();
-    for (name, memory_gib) in [("memory scarce", 128u64), ("even", 192), ("vCPU scarce", 384)] {
-        let host = ResourceVector { vcpus: 64, memory_mib: memory_gib << 10, ..ResourceVector::default() };
-        let bound = packing::volume_bound(&stays, &events, &host);
-        let at_hand = bound as u32 * 4 + 100;
-        let pack = packing::hosts_with_scheduler(&stays, &events, &host, Strategy::Pack, at_hand)?;
-        let spread = packing::hosts_with_scheduler(&stays, &events, &host, Strategy::Spread, at_hand)?;
-        let exact = packing::hosts_with_scan(&stays, &events, &host, |memory, vcpus, _| (memory, u64::from(vcpus)));
-        let first = packing::hosts_with_scan(&stays, &events, &host, |_, _, number| (number as u64, 0));
-        if !options.json {
-            if results.is_empty() {
-                println!("\nHosts needed (64 vCPUs each) for {} machines of 7 days:", stays.len());
-                println!(
-                    "{:>14} {:>8}  {:>12} {:>14} {:>15} {:>10} {:>14}",
-                    "workload",
-                    "GiB",
-                    "volume bound",
-                    "hearth (pack)",
-                    "exact best fit",
-                    "first fit",
-                    "hearth (spread)"
-                );
-            }
-            println!("{name:>14} {memory_gib:>8}  {bound:>12} {pack:>14} {exact:>15} {first:>10} {spread:>14}");
-        }
+    for (vcpus, memory_gib) in [(64, 128u64), (64, 192), (64, 384), (16, 32), (16, 64), (16, 96)] {
+        let host = ResourceVector { vcpus, memory_mib: memory_gib << 10, ..ResourceVector::default() };
+        let fitting: Vec<Stay> = stays.iter().filter(|stay| host.fits(&stay.resources)).cloned().collect();
+        let events = if fitting.len() == stays.len() { &events } else { &packing::events(&fitting) };
+        let bound = packing::volume_bound(&fitting, events, &host);
+        let hearth = packing::hosts_with_scheduler(&fitting, events, &host, bound as u32 * 2 + 100)?;
+        let exact = packing::hosts_with_scan(&fitting, events, &host, |memory, vcpus, _| (memory, u64::from(vcpus)));
+        let first = packing::hosts_with_scan(&fitting, events, &host, |_, _, number| (number as u64, 0));
+        println!("{vcpus:>6} {memory_gib:>6}  {bound:>12} {hearth:>8} {exact:>15} {first:>10}");
         results.push(json!({
-            "workload": name, "host_vcpus": 64, "host_memory_gib": memory_gib, "machines": stays.len(),
-            "volume_bound": bound, "hearth_pack": pack, "exact_best_fit": exact, "first_fit": first,
-            "hearth_spread": spread, "hearth_to_exact": pack as f64 / exact as f64,
+            "host_vcpus": vcpus, "host_memory_gib": memory_gib, "machines": fitting.len(), "volume_bound": bound,
+            "hearth": hearth, "exact_best_fit": exact, "first_fit": first,
+            "hearth_to_exact": hearth as f64 / exact as f64,
         }));
     }
     Ok(json!(results))

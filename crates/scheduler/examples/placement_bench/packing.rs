@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use hearth_scheduler::{Config, HostSpec, Request, ResourceVector, Scheduler, Strategy};
+use hearth_scheduler::{Config, HostSpec, Request, ResourceVector, Scheduler};
 
 use crate::workload::Stay;
 
@@ -55,7 +55,6 @@ pub fn hosts_with_scheduler(
     stays: &[Stay],
     events: &[Event],
     host: &ResourceVector,
-    strategy: Strategy,
     at_hand: u32,
 ) -> Result<usize, String> {
     let mut scheduler: Scheduler<u32, usize> = Scheduler::new(Config { seed: 1, ..Config::default() });
@@ -70,7 +69,6 @@ pub fn hosts_with_scheduler(
             Event::Arrive(index) => {
                 let stay = &stays[*index];
                 let mut request = Request::new(stay.resources);
-                request.strategy = strategy;
                 if let Some(batch) = stay.spread {
                     let group: Arc<str> = format!("batch-{batch}").into();
                     request.groups = vec![group.clone()];
