@@ -15,5 +15,6 @@ pub mod machine;
 pub mod mem;
 pub mod memory_use;
 pub mod pci;
+pub mod probe;
 pub mod sandbox;
 pub mod virtio;
