@@ -53,6 +53,12 @@ struct Options {
     instance_type: Option<String>,
 }
 
+impl Options {
+    fn console(&self) -> &str {
+        self.console.as_deref().unwrap_or("stdio")
+    }
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Disk {
     path: String,
@@ -77,18 +83,21 @@ pub fn run<'a>(words: impl Iterator<Item = &'a str>, born: Instant) -> i32 {
             return exit::USAGE;
         }
     };
-    match boot(&options, born) {
-        Ok(server) => {
-            let raw = (options.console.as_deref().unwrap_or("stdio") == "stdio").then(RawTerminal::enter).flatten();
-            let code = server.run();
-            drop(raw);
-            code
-        }
-        Err(text) => {
-            log(&text);
-            exit::USAGE
-        }
-    }
+    let failed = |text: String| {
+        log(&text);
+        exit::HOST_ERROR
+    };
+    let (mut machine, control, report) = match create(&options, born) {
+        Ok(parts) => parts,
+        Err(text) => return failed(text),
+    };
+    // Before the start, which takes away the right to do so.
+    let raw = (options.console() == "stdio").then(RawTerminal::enter).flatten();
+    let served = machine.start().map_err(|e| e.to_string());
+    let served = served.and_then(|()| Server::with_machine(machine, control, report, born).map_err(|e| e.to_string()));
+    let code = served.map_or_else(failed, Server::run);
+    drop(raw);
+    code
 }
 
 fn parse<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<Options, String> {
@@ -183,8 +192,9 @@ impl Fds {
     }
 }
 
-fn boot(options: &Options, born: Instant) -> Result<Server, String> {
-    let console = options.console.as_deref().unwrap_or("stdio");
+/// The machine, the socket to control it by, and its memory map to report from.
+fn create(options: &Options, born: Instant) -> Result<(Machine, Option<OwnedFd>, Option<File>), String> {
+    let console = options.console();
     let mut fds = Fds::default();
     let spec = MachineSpec {
         instance_id: options.instance_id.clone().unwrap_or_else(|| "i-00000000000000000".into()),
@@ -212,8 +222,9 @@ fn boot(options: &Options, born: Instant) -> Result<Server, String> {
     if console == "stdio" {
         machine.console().add_stdio(standard(0)?, standard(1)?);
     }
-    machine.start().map_err(|e| e.to_string())?;
-    Server::with_machine(machine, control, options.report, born).map_err(|e| e.to_string())
+    let report = options.report.then(|| File::open("/proc/self/smaps")).transpose();
+    let report = report.map_err(|e| format!("cannot open /proc/self/smaps: {e}"))?;
+    Ok((machine, control, report))
 }
 
 fn disks(options: &Options, fds: &mut Fds) -> Result<Vec<DiskSpec>, String> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::acpi::ged::{GenericEventDevice, POWER_BUTTON};
-use crate::acpi::power::PowerRegisters;
+use crate::acpi::power::{self, PowerRegisters};
 use crate::boot::{self, BootError, Images, Placement, smbios};
 use crate::bus::{BusDevice, BusError, Buses};
 use crate::console::{Console, ConsoleOutput};
@@ -26,7 +26,7 @@ use crate::legacy::serial::SerialPort;
 use crate::mem::layout::{self, RamLayout, gsi, port};
 use crate::mem::{Memory, MemoryError};
 use crate::pci::PciLayout;
-use crate::sandbox;
+use crate::sandbox::{self, Filter, SandboxError, ThreadKind};
 use crate::virtio::{DeviceList, DeviceSet, Disk, IoThread, Nic, Platform, VirtioError};
 
 /// Why a machine cannot be built or do what was asked.
@@ -55,6 +55,9 @@ pub enum MachineError {
     /// Disks, NICs, entropy source.
     #[error(transparent)]
     Virtio(#[from] VirtioError),
+    /// The system call filters.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Console ring.
     #[error(transparent)]
     Console(#[from] RingError),
@@ -135,6 +138,7 @@ pub struct Machine {
     started: Option<Duration>,
     born: Instant,
     memory: Memory,
+    control_filter: Filter,
     vcpus: Vcpus,
     io: IoThread,
     events: Arc<EventQueue>,
@@ -194,6 +198,7 @@ impl Machine {
         let identity =
             smbios::Identity { uuid: spec.uuid, instance_type: &spec.instance_type, instance_id: &spec.instance_id };
         smbios::write(&memory, &identity)?;
+        memory.write(layout::RESET_VECTOR, &power::reset_vector(port::ACPI_POWER))?;
         let rsdp = crate::acpi::tables::write(&memory, spec.vcpus)?;
         let images = Images {
             kernel: &kernel,
@@ -212,8 +217,8 @@ impl Machine {
             let table = cpuid::for_vcpu(vm.supported_cpuid(), topology, vm.has_tsc_deadline())?;
             fd.set_cpuid2(&table).map_err(call("KVM_SET_CPUID2"))?;
             boot::start::set_msrs(&fd)?;
+            boot::start::set_extended_state(&fd, &table)?;
             if index == 0 {
-                boot::start::set_extended_state(&fd, &table)?;
                 boot::start::set_registers(&fd, entry)?;
             }
             vcpu_fds.push(fd);
@@ -226,21 +231,19 @@ impl Machine {
                 VcpuFailure::Host(text) => MachineEvent::HostFailed(text),
             });
         });
-        let vcpus = Vcpus::spawn(
-            vcpu_fds,
-            buses,
-            coalesced,
-            events.over(),
-            on_failure,
-            Arc::new(|| sandbox::confine(sandbox::ThreadKind::Vcpu)),
-        )?;
-        let io = devices.start(|| sandbox::confine(sandbox::ThreadKind::Io))?;
+        sandbox::install_trap_handler().map_err(host("install a signal handler"))?;
+        let vcpu_filter = Filter::new(ThreadKind::Vcpu)?;
+        let confine_vcpu = Arc::new(move || vcpu_filter.apply().map_err(io::Error::other));
+        let vcpus = Vcpus::spawn(vcpu_fds, buses, coalesced, events.over(), on_failure, confine_vcpu)?;
+        let io_filter = Filter::new(ThreadKind::Io { io_uring: sandbox::io_uring_allowed() })?;
+        let io = devices.start(move || io_filter.apply().map_err(io::Error::other))?;
         Ok(Self {
             state: MachineState::Created,
             instance_id: spec.instance_id.clone(),
             started: None,
             born,
             memory,
+            control_filter: Filter::new(ThreadKind::Control)?,
             vcpus,
             io,
             events,
@@ -254,9 +257,10 @@ impl Machine {
         if states.contains(&self.state) { Ok(()) } else { Err(MachineError::State { actual: self.state, needed }) }
     }
 
-    /// Lets the vCPUs run for the first time.
+    /// Lets the vCPUs run for the first time. From here on the calling thread is confined as the control thread.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.need(&[MachineState::Created], "created")?;
+        self.control_filter.apply()?;
         self.vcpus.run();
         self.started = Some(self.born.elapsed());
         self.state = MachineState::Running;

@@ -21,6 +21,16 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
 
+/// Real-mode code for the reset vector: writes the reset register, then halts for good.
+///
+/// Linux on hardware-reduced ACPI restarts by EFI, and without EFI by jumping to the BIOS's reset vector; it does not get to
+/// the ACPI reset register in between (arch/x86/kernel/reboot.c, `reboot_init`).
+pub fn reset_vector(power_port: u16) -> [u8; 9] {
+    let [low, high] = (power_port + RESET).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+}
+
 /// The power registers; they report, others act.
 pub struct PowerRegisters {
     events: Arc<dyn EventSink>,

@@ -92,7 +92,8 @@ pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
 /// Enables every extended state component the CPU has, as firmware may.
 ///
 /// KVM computes the size in CPUID leaf 0xd from XCR0 as it knows it. Where the host's virtualization does not report the
-/// guest's own XSETBV (QEMU's emulated SVM), Linux would find a size that does not fit its features and give up XSAVE and AVX.
+/// guest's own XSETBV (QEMU's emulated SVM), Linux would find a size that does not fit its features, and KVM would undo the
+/// guest's setting at every entry.
 pub fn set_extended_state(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), KvmError> {
     let leaf = cpuid.as_slice().iter().find(|e| e.function == 0xd && e.index == 0);
     let Some(components) = leaf.map(|e| u64::from(e.eax) | (u64::from(e.edx) << 32)).filter(|c| c & 1 != 0) else {

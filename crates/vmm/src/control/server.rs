@@ -1,6 +1,7 @@
 //! The control thread: one event loop over the control socket, the machine's events and its console.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Instant;
 
@@ -23,8 +24,8 @@ pub struct Server {
     connection: Option<OwnedFd>,
     machine: Option<Machine>,
     born: Instant,
-    /// Print counters when the machine ends.
-    report: bool,
+    /// Print counters when the machine ends; the process's memory map, opened while that was allowed.
+    report: Option<File>,
     /// Events no agent has been told of.
     kept: Vec<Event>,
     /// Console input the guest has no room for yet.
@@ -58,14 +59,19 @@ impl Server {
             connection: None,
             machine: None,
             born,
-            report: false,
+            report: None,
             kept: Vec::new(),
             input: Vec::new(),
         })
     }
 
     /// Serves a machine that exists already (developer mode), with or without a control socket.
-    pub fn with_machine(machine: Machine, listener: Option<OwnedFd>, report: bool, born: Instant) -> io::Result<Self> {
+    pub fn with_machine(
+        machine: Machine,
+        listener: Option<OwnedFd>,
+        report: Option<File>,
+        born: Instant,
+    ) -> io::Result<Self> {
         if let Some(listener) = &listener {
             socket::set_nonblocking(listener)?;
         }
@@ -305,6 +311,7 @@ impl Server {
         for event in machine.events().take() {
             let (event, code, why) = match event {
                 MachineEvent::Panicked => {
+                    log("the guest kernel reports a panic");
                     self.tell(Event::GuestPanicked);
                     continue;
                 }
@@ -313,7 +320,7 @@ impl Server {
                 MachineEvent::Crashed(text) => (Some(Event::GuestCrashed), exit::GUEST_CRASH, text),
                 MachineEvent::HostFailed(text) => (None, exit::HOST_ERROR, text),
             };
-            if self.report {
+            if self.report.is_some() {
                 log(&format!("over after {} us", self.born.elapsed().as_micros()));
             }
             let code = self.end(code, &why);
@@ -332,8 +339,8 @@ impl Server {
         }
         let Some(mut machine) = self.machine.take() else { return code };
         machine.console().send_output();
-        if self.report {
-            report(&machine);
+        if let Some(smaps) = &self.report {
+            report(&machine, smaps);
         }
         match machine.end() {
             Ok(()) => code,
@@ -346,7 +353,7 @@ impl Server {
 }
 
 /// Counters and memory as one line each on standard error.
-fn report(machine: &Machine) {
+fn report(machine: &Machine, smaps: &File) {
     let stats = match machine.stats() {
         Ok(stats) => stats,
         Err(e) => return log(&format!("no counters: {e}")),
@@ -361,9 +368,21 @@ fn report(machine: &Machine) {
     for (number, nic) in stats.nics.iter().enumerate() {
         log(&format!("nic {number}: {nic:?}"));
     }
-    match std::fs::read_to_string("/proc/self/smaps") {
+    match read_all(smaps) {
         Ok(text) => log(&format!("{:?} bytes", memory_use::parse(&text, &stats.guest_ram))),
         Err(e) => log(&format!("no memory figures: {e}")),
+    }
+}
+
+/// `read_to_string` would ask for the file's size first, a system call the sandbox does not know.
+fn read_all(mut file: &File) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    let mut chunk = [0u8; 4096];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => return Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            n => bytes.extend_from_slice(chunk.get(..n).unwrap_or_default()),
+        }
     }
 }
 

@@ -55,7 +55,9 @@ pub const ACPI_TABLES_END: u64 = 0xf0000;
 /// SMBIOS 3 entry point and tables.
 pub const SMBIOS: u64 = 0xf0000;
 /// End of the room for SMBIOS.
-pub const SMBIOS_END: u64 = 0x100000;
+pub const SMBIOS_END: u64 = RESET_VECTOR;
+/// Where a PC's CPU starts after reset, as seen in real mode (F000:FFF0).
+pub const RESET_VECTOR: u64 = 0xffff0;
 /// First byte a kernel or initrd may occupy.
 pub const HIGH_RAM: u64 = 0x100000;
 
@@ -187,7 +189,7 @@ pub struct MemoryMapEntry {
 pub fn memory_map(ram: RamLayout) -> Vec<MemoryMapEntry> {
     let mut map = vec![
         MemoryMapEntry { start: 0, size: LOW_RAM_END, kind: MemoryKind::Ram },
-        MemoryMapEntry { start: ACPI_TABLES, size: SMBIOS_END - ACPI_TABLES, kind: MemoryKind::Reserved },
+        MemoryMapEntry { start: ACPI_TABLES, size: HIGH_RAM - ACPI_TABLES, kind: MemoryKind::Reserved },
         MemoryMapEntry { start: HIGH_RAM, size: ram.low - HIGH_RAM, kind: MemoryKind::Ram },
         MemoryMapEntry { start: PCI_ECAM, size: PCI_ECAM_SIZE, kind: MemoryKind::Reserved },
     ];

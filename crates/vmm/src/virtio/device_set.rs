@@ -178,7 +178,8 @@ impl Builder {
         let profile = block::profile(volume.as_ref(), queues);
         let config = block::config_space(volume.as_ref(), queues);
         let memory = Arc::clone(&self.platform.memory);
-        let backend = BlockBackend::new(volume, serial, usize::from(queues), &memory);
+        let mut backend = BlockBackend::new(volume, serial, usize::from(queues), &memory);
+        backend.open().map_err(|source| VirtioError::Volume { serial: serial.to_owned(), source })?;
         self.add(format!("disk {serial}"), &profile, config, |_| Box::new(backend))
     }
 

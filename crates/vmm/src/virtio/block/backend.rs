@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use hearth_block::{Completion, Operation, Request, Volume, VolumeQueue};
+use hearth_block::{BlockError, Completion, Operation, Request, Volume, VolumeQueue};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -80,6 +80,14 @@ impl BlockBackend {
             write_through: false,
             stats: DiskStats::default(),
         }
+    }
+
+    /// Opens the volume's queue. Done before the I/O thread is confined: it may not make rings or threads afterwards.
+    pub(crate) fn open(&mut self) -> Result<(), BlockError> {
+        if self.io.is_none() {
+            self.io = Some(self.volume.open_queue(IN_FLIGHT_MAX)?);
+        }
+        Ok(())
     }
 
     /// Takes chains off queue `index` while the volume queue has room. True when it took any.
@@ -253,10 +261,7 @@ impl BlockBackend {
 impl Backend for BlockBackend {
     fn activate(&mut self, features: u64) -> Result<(), Broken> {
         self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        if self.io.is_none() {
-            self.io = Some(self.volume.open_queue(IN_FLIGHT_MAX)?);
-        }
-        Ok(())
+        Ok(self.open()?)
     }
 
     fn event_fd(&self) -> Option<RawFd> {

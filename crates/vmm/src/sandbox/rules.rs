@@ -1,0 +1,127 @@
+//! The allow-lists.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+use super::ThreadKind;
+use crate::control::protocol::LOCK_FD;
+
+/// KVM requests after the machine is built (linux/kvm.h).
+const KVM_RUN: u64 = 0xae80;
+const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+/// Tap offloads, as the guest negotiates them (linux/if_tun.h).
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+/// `IORING_REGISTER_ENABLE_RINGS` (linux/io_uring.h): the one thing left to do with a ring that is set up.
+const REGISTER_ENABLE_RINGS: u64 = 12;
+
+/// What every thread does: memory of its own, locks, time, signals, the end.
+const COMMON: [libc::c_long; 20] = [
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+];
+
+/// The control thread serves sockets and kicks vCPUs.
+const CONTROL: [libc::c_long; 8] = [
+    libc::SYS_accept4,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_tgkill,
+];
+
+/// The I/O thread moves disk and network data.
+const IO: [libc::c_long; 14] = [
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_readv,
+    libc::SYS_writev,
+];
+
+/// What starting a thread takes.
+const START_THREADS: [libc::c_long; 4] = [libc::SYS_clone3, libc::SYS_prctl, libc::SYS_rseq, libc::SYS_set_robust_list];
+
+/// Rules by system call; an empty rule list allows the call whatever its arguments.
+pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// The list for `kind`.
+///
+/// The thread pool that replaces io_uring where the host forbids it starts its threads with the first request.
+pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
+    let mut rules = Rules::new();
+    let more: &[libc::c_long] = match kind {
+        ThreadKind::Control => &CONTROL,
+        ThreadKind::Vcpu => &[],
+        ThreadKind::Io { .. } => &IO,
+    };
+    for call in COMMON.iter().chain(more) {
+        rules.insert(*call, Vec::new());
+    }
+    let requests: &[u64] = match kind {
+        // FIONBIO and terminal settings serve console clients.
+        ThreadKind::Control => &[KVM_SIGNAL_MSI, libc::FIONBIO, libc::TCSETS],
+        ThreadKind::Vcpu => &[KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD, KVM_GET_REGS],
+        ThreadKind::Io { .. } => &[KVM_SIGNAL_MSI, KVM_IOEVENTFD, TUNSETOFFLOAD],
+    };
+    rules.insert(libc::SYS_ioctl, requests.iter().map(|request| argument(1, *request)).collect::<Result<_, _>>()?);
+    // Memory, but never executable. Shared or file mappings are all made before.
+    let not_executable = |index| {
+        let mask = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, mask, 0).and_then(|c| SeccompRule::new(vec![c]))
+    };
+    rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
+    rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
+    if let ThreadKind::Io { io_uring: true } = kind {
+        rules.insert(libc::SYS_io_uring_enter, Vec::new());
+        rules.insert(libc::SYS_io_uring_register, vec![argument(1, REGISTER_ENABLE_RINGS)?]);
+    }
+    if let ThreadKind::Io { io_uring: false } = kind {
+        rules.extend(START_THREADS.map(|call| (call, Vec::new())));
+    }
+    if !matches!(kind, ThreadKind::Io { .. }) {
+        // The exit code, in the instance lock; and on the control thread the kernel's counters, which are only read.
+        rules.insert(libc::SYS_pwrite64, vec![argument(0, LOCK_FD as u64)?]);
+    }
+    if kind == ThreadKind::Control {
+        rules.insert(libc::SYS_pread64, Vec::new());
+    }
+    Ok(rules)
+}
+
+/// Argument number `index` must be `value`.
+fn argument(index: u8, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?])
+}
