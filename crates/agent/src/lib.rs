@@ -3,20 +3,23 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 pub mod boot;
+pub mod capacity;
 pub mod config;
+pub mod epoch;
 pub mod error;
+pub mod hostnet;
+pub mod images;
+pub mod instance;
+pub mod launch;
+pub mod link;
+pub mod net;
+pub mod reports;
+mod run;
+pub mod state;
+pub mod supervisor;
+pub mod volumes;
 
 pub use config::{AgentConfig, NetworkConfig};
 pub use error::AgentError;
+pub use run::run;
 pub use tokio_util::sync::CancellationToken;
-
-/// Runs one agent until `shutdown` is cancelled. Instances keep running then; the next agent with the same state folder
-/// adopts them.
-///
-/// # Errors
-/// When the host cannot be an agent at all (see [`AgentError`]); never because of one instance.
-pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
-    std::fs::create_dir_all(&config.state_dir).map_err(AgentError::file("creating", &config.state_dir))?;
-    shutdown.cancelled().await;
-    Ok(())
-}

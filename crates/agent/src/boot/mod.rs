@@ -6,6 +6,7 @@
 mod bls;
 mod discover;
 mod error;
+mod files;
 mod filesystem;
 mod grub;
 mod grub_parser;
@@ -15,8 +16,10 @@ mod read_at;
 
 pub use discover::{BootSet, Override, discover};
 pub use error::BootError;
+pub use files::{BootFilesError, BootLoader};
 pub use kernel::{KernelKind, extract_vmlinux, kind as kernel_kind};
 pub use read_at::{FileDisk, ReadAt};
+pub(crate) use read_at::{le_u16, le_u32, le_u64};
 
 /// Longest kernel command line in bytes (x86 COMMAND_LINE_SIZE without its NUL).
 pub const MAX_CMDLINE: usize = 2047;

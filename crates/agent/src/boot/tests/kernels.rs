@@ -6,7 +6,7 @@ use crate::boot::kernel::{KernelKind, extract_vmlinux, kind};
 use proptest::prelude::*;
 
 /// A small ELF64 with (or without) the PVH note.
-fn vmlinux(pvh: bool) -> Vec<u8> {
+pub fn vmlinux(pvh: bool) -> Vec<u8> {
     let mut elf = vec![0u8; 64 + 56];
     elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
     elf[18..20].copy_from_slice(&62u16.to_le_bytes());
@@ -27,7 +27,7 @@ fn vmlinux(pvh: bool) -> Vec<u8> {
     elf
 }
 
-fn bz_image(payload: &[u8]) -> Vec<u8> {
+pub fn bz_image(payload: &[u8]) -> Vec<u8> {
     let mut file = fake_kernel("");
     file[0x1f1] = 2;
     file.truncate(3 * 512);
@@ -39,7 +39,7 @@ fn bz_image(payload: &[u8]) -> Vec<u8> {
     file
 }
 
-fn packed(content: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+pub fn packed(content: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     let sized = |mut packed: Vec<u8>| {
         packed.extend_from_slice(&(content.len() as u32).to_le_bytes());
         packed

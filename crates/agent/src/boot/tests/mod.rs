@@ -2,6 +2,6 @@
 
 mod damage;
 mod grub;
-mod kernels;
+pub(super) mod kernels;
 mod layouts;
-mod support;
+pub(super) mod support;

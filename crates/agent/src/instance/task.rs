@@ -1,0 +1,547 @@
+//! The loop of one instance.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_proto::v1::{self, DesiredInstance, InstanceReport, ObservedState, RunState};
+use hearth_types::{InstanceId, StateReason};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::restart::{Next, Restarts};
+use super::start::{StartError, console_total, fetch_image, metadata, start};
+use super::{Host, Spec};
+use crate::launch::{Found, Vmm, VmmEnd};
+use crate::state::{Hold, InstanceRecord, Phase};
+
+/// How often a guest that has not answered yet is looked at.
+const LOOK_FOR_ANSWER: Duration = Duration::from_secs(1);
+/// How often the power button is pressed while a guest is to shut down: one that is still booting misses the first.
+const PRESS_AGAIN: Duration = Duration::from_secs(10);
+/// Failed starts in a row after which an instance is reported as failed.
+const MOST_START_FAILURES: u32 = 5;
+/// Longest pause between tries.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Newest wish for an instance. Lower generations than the newest are not sent.
+pub type Wishes = watch::Receiver<DesiredInstance>;
+
+/// What there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    Run,
+    Stop,
+    Terminate,
+}
+
+/// Why waiting for something ended.
+enum Woken {
+    End(VmmEnd),
+    Wish,
+    Time,
+}
+
+/// One instance's task.
+pub struct InstanceTask {
+    host: Arc<Host>,
+    id: InstanceId,
+    record: InstanceRecord,
+    spec: Result<Spec, String>,
+    wishes: Wishes,
+    vmm: Option<Box<dyn Vmm>>,
+    started: Instant,
+    restarts: Restarts,
+    start_failures: u32,
+    responded: bool,
+    /// Why the next step waits, for the report.
+    waiting_for: Option<String>,
+}
+
+impl InstanceTask {
+    /// A task for a record that is on disk.
+    pub fn new(host: Arc<Host>, record: InstanceRecord, wishes: Wishes) -> Self {
+        let spec = parse(&record.desired);
+        Self {
+            host,
+            id: record.instance_id.clone(),
+            record,
+            spec,
+            wishes,
+            vmm: None,
+            started: Instant::now(),
+            restarts: Restarts::default(),
+            start_failures: 0,
+            responded: false,
+            waiting_for: None,
+        }
+    }
+
+    /// Works until the instance is gone (or the task is dropped, which leaves its VMM running).
+    pub async fn run(mut self) {
+        self.take_wish().await;
+        while let Err(error) = self.recover().await {
+            tracing::warn!(instance = %self.id, error, "looking for the instance's VMM");
+            sleep(LOOK_FOR_ANSWER).await;
+        }
+        loop {
+            self.take_wish().await;
+            self.publish();
+            match (self.goal(), self.vmm.is_some()) {
+                (Goal::Terminate, _) => {
+                    if self.terminate().await {
+                        return;
+                    }
+                }
+                (Goal::Run, false) => self.start().await,
+                (Goal::Run, true) => self.supervise().await,
+                (Goal::Stop, true) => self.stop().await,
+                (Goal::Stop, false) if self.record.phase != Phase::Stopped => self.stop().await,
+                (Goal::Stop, false) => {
+                    if self.wishes.changed().await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn goal(&self) -> Goal {
+        let desired = &self.record.desired;
+        let held = self.record.hold.as_ref().is_some_and(|(generation, _)| *generation >= desired.generation);
+        match desired.run() {
+            RunState::Terminated => Goal::Terminate,
+            RunState::Running if !held => Goal::Run,
+            RunState::Running | RunState::Stopped | RunState::Unspecified => Goal::Stop,
+        }
+    }
+
+    /// Takes over the newest wish and makes it durable.
+    async fn take_wish(&mut self) {
+        let newest = self.wishes.borrow_and_update().clone();
+        if newest.generation <= self.record.desired.generation {
+            return;
+        }
+        let spec = parse(&newest);
+        if self.record.hold.as_ref().is_some_and(|(generation, _)| *generation < newest.generation) {
+            self.record.hold = None;
+            self.restarts = Restarts::default();
+            self.start_failures = 0;
+        }
+        self.record.desired = newest;
+        self.spec = spec;
+        self.save().await;
+    }
+
+    /// Writes the record; goes on trying when the disk is full or broken, because acting without it would forget.
+    async fn save(&mut self) {
+        self.host.step("before saving").await;
+        let mut pause = Duration::from_millis(100);
+        while let Err(error) = self.record.save(&self.host.layout) {
+            tracing::error!(instance = %self.id, %error, "the instance's record cannot be written");
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        self.host.step("after saving").await;
+    }
+
+    async fn enter(&mut self, phase: Phase) {
+        if self.record.phase != phase {
+            self.record.phase = phase;
+            self.save().await;
+        }
+    }
+
+    fn publish(&self) {
+        let desired = &self.record.desired;
+        let hold = self.record.hold.as_ref().map(|(_, hold)| hold);
+        let state = match (self.record.phase, hold, self.goal()) {
+            (Phase::Deleting, ..) => ObservedState::Stopping,
+            (Phase::Stopped, Some(Hold::Failed(_)), Goal::Stop) => ObservedState::Failed,
+            (Phase::Stopped, _, Goal::Run) | (Phase::Starting, ..) => ObservedState::Preparing,
+            (Phase::Stopped, ..) => ObservedState::Stopped,
+            (Phase::Running, ..) => ObservedState::Running,
+            (Phase::Stopping, ..) => ObservedState::Stopping,
+        };
+        let reason = match (hold, &self.waiting_for) {
+            (Some(Hold::Failed(reason)), _) => Some(reason.clone()),
+            (Some(Hold::PoweredOff), _) => {
+                let code = StateReason::INSTANCE_INITIATED_SHUTDOWN;
+                Some(StateReason::new(code, format!("{code}: Instance initiated shutdown")))
+            }
+            (None, Some(text)) => Some(StateReason::new(StateReason::INTERNAL_ERROR, text)),
+            (None, None) => None,
+        };
+        let progress = match state {
+            ObservedState::Preparing => self.host.reports.get(&self.id).and_then(|report| report.progress),
+            _ => None,
+        };
+        self.host.reports.publish(
+            &self.id,
+            InstanceReport {
+                observed_generation: desired.generation,
+                state: state.into(),
+                reason: reason.map(|reason| v1::StateReason { code: reason.code, message: reason.message }),
+                progress,
+                guest_powered_off: hold == Some(&Hold::PoweredOff),
+                observed_reboot_generation: self.record.observed_reboot_generation,
+                guest_responded: self.responded && state == ObservedState::Running,
+                boot_count: self.record.boot_count,
+                ..InstanceReport::default()
+            },
+        );
+    }
+
+    /// After a start of the agent: looks what became of the VMM.
+    async fn recover(&mut self) -> Result<(), String> {
+        match self.host.launcher.find(&self.id).await.map_err(|error| error.to_string())? {
+            Found::Running(vmm) => {
+                tracing::info!(instance = %self.id, "adopted the running VMM");
+                self.vmm = Some(vmm);
+                self.started = Instant::now();
+                if let Ok(spec) = &self.spec {
+                    self.host.admission.book(&self.id, spec.resources);
+                    if let Some(wire) = &self.record.desired.spec {
+                        let metadata = metadata(&self.host, &self.id, spec, wire);
+                        if let Err(error) = self.host.network.register(metadata).await {
+                            tracing::error!(instance = %self.id, %error, "its metadata and DHCP are not answered");
+                        }
+                    }
+                }
+                if matches!(self.record.phase, Phase::Starting | Phase::Stopped) {
+                    self.note_boot();
+                    self.enter(Phase::Running).await;
+                }
+            }
+            Found::Ended(end) if self.record.phase == Phase::Running => {
+                let end = end.unwrap_or(VmmEnd::Died);
+                tracing::info!(instance = %self.id, ?end, "the VMM has ended while no agent ran");
+                self.handle_end(end).await;
+            }
+            Found::Ended(_) => {}
+        }
+        Ok(())
+    }
+
+    fn note_boot(&mut self) {
+        self.record.boot_count = self.record.boot_count.saturating_add(1);
+        if let Some(generation) = self.record.rebooting_to.take() {
+            self.record.observed_reboot_generation = self.record.observed_reboot_generation.max(generation);
+        }
+    }
+
+    /// Puts the instance on hold at the wish it has.
+    async fn hold(&mut self, hold: Hold) {
+        tracing::info!(instance = %self.id, ?hold, "not started again until something else is wanted");
+        self.record.hold = Some((self.record.desired.generation, hold));
+        self.record.rebooting_to = None;
+        self.save().await;
+    }
+
+    async fn start(&mut self) {
+        let spec = match &self.spec {
+            Ok(spec) => spec.clone(),
+            Err(error) => {
+                let reason =
+                    StateReason::new(StateReason::INTERNAL_ERROR, format!("the specification is wrong: {error}"));
+                return self.hold(Hold::Failed(reason)).await;
+            }
+        };
+        if let Err(short) = self.host.admission.take(&self.id, spec.resources) {
+            let reason = StateReason::new(StateReason::INSUFFICIENT_CAPACITY, short);
+            return self.hold(Hold::Failed(reason)).await;
+        }
+        if self.record.phase != Phase::Running {
+            self.enter(Phase::Starting).await;
+        }
+        // A reboot that was asked for by now is done with by this start.
+        let wanted = self.record.desired.reboot_generation;
+        if wanted > self.record.observed_reboot_generation {
+            self.record.rebooting_to = Some(wanted);
+        }
+        self.responded = false;
+        self.publish();
+        let (host, id) = (self.host.clone(), self.id.clone());
+        let image = {
+            let fetching = fetch_image(&host, &id, &spec);
+            tokio::pin!(fetching);
+            loop {
+                tokio::select! {
+                    image = &mut fetching => break Some(image),
+                    changed = self.wishes.changed() => {
+                        self.take_wish().await;
+                        if changed.is_err() || self.goal() != Goal::Run {
+                            break None;
+                        }
+                        self.publish();
+                    }
+                }
+            }
+        };
+        let started = match image {
+            None => return,
+            Some(Err(error)) => Err(error),
+            Some(Ok(image)) => {
+                let wire = self.record.desired.spec.clone().unwrap_or_default();
+                start(&host, &id, &spec, &wire, self.record.slot, image).await
+            }
+        };
+        match started {
+            Ok(started) => {
+                self.vmm = Some(started.vmm);
+                self.started = Instant::now();
+                self.start_failures = 0;
+                self.waiting_for = None;
+                self.record.console_start = started.console_start;
+                self.note_boot();
+                self.record.phase = Phase::Running;
+                self.save().await;
+                tracing::info!(instance = %self.id, boot_count = self.record.boot_count, "the guest runs");
+            }
+            Err(error) => self.start_failed(error).await,
+        }
+    }
+
+    async fn start_failed(&mut self, error: StartError) {
+        let message = match error {
+            StartError::Permanent(reason) => {
+                self.clean_up().await;
+                return self.hold(Hold::Failed(reason)).await;
+            }
+            StartError::Waiting(reason) => reason,
+            StartError::Transient(message) => {
+                self.start_failures += 1;
+                tracing::warn!(instance = %self.id, message, failures = self.start_failures, "starting the instance failed");
+                self.clean_up().await;
+                if self.start_failures >= MOST_START_FAILURES {
+                    return self.hold(Hold::Failed(StateReason::new(StateReason::INTERNAL_ERROR, message))).await;
+                }
+                message
+            }
+        };
+        self.waiting_for = Some(message);
+        self.publish();
+        let pause = Duration::from_secs(1u64 << self.start_failures.min(5)).min(LONGEST_PAUSE);
+        self.pause(pause).await;
+        self.waiting_for = None;
+    }
+
+    /// Waits, but not longer than until something else is wanted.
+    async fn pause(&mut self, time: Duration) {
+        let until = Instant::now() + time;
+        while let Woken::Wish = self.wait(until).await {
+            if self.goal() != Goal::Run {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the VMM's end, a new wish (which is taken), or the time.
+    async fn wait(&mut self, until: Instant) -> Woken {
+        let woken = {
+            let vmm = &mut self.vmm;
+            let end = async {
+                match vmm {
+                    Some(vmm) => vmm.wait().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                end = end => Woken::End(end),
+                changed = self.wishes.changed() => match changed {
+                    Ok(()) => Woken::Wish,
+                    // Nobody will wish any more: the agent ends.
+                    Err(_) => std::future::pending().await,
+                },
+                () = sleep_until(until) => Woken::Time,
+            }
+        };
+        match woken {
+            Woken::End(_) => self.vmm = None,
+            Woken::Wish => {
+                self.take_wish().await;
+                self.publish();
+            }
+            Woken::Time => {}
+        }
+        woken
+    }
+
+    /// Watches a running guest until something has to be done.
+    async fn supervise(&mut self) {
+        while self.goal() == Goal::Run {
+            if self.record.desired.reboot_generation > self.record.observed_reboot_generation {
+                return self.reboot().await;
+            }
+            let until = if self.responded { Duration::from_secs(3600) } else { LOOK_FOR_ANSWER };
+            match self.wait(Instant::now() + until).await {
+                Woken::End(end) => return self.handle_end(end).await,
+                Woken::Wish => {}
+                Woken::Time if !self.responded => self.look_for_answer(),
+                Woken::Time => {}
+            }
+        }
+    }
+
+    fn look_for_answer(&mut self) {
+        let console = std::fs::File::open(self.host.layout.console_ring(&self.id)).ok();
+        let wrote =
+            console.and_then(|ring| console_total(&ring)).is_some_and(|total| total > self.record.console_start);
+        if wrote || self.host.network.has_lease(&self.id) {
+            self.responded = true;
+            self.publish();
+        }
+    }
+
+    /// The power button (a guest powers off by it), then a fresh VMM.
+    async fn reboot(&mut self) {
+        self.record.rebooting_to = Some(self.record.desired.reboot_generation);
+        self.save().await;
+        tracing::info!(instance = %self.id, "rebooting");
+        self.end_vmm(self.host.stop_timeout).await;
+    }
+
+    async fn handle_end(&mut self, end: VmmEnd) {
+        self.vmm = None;
+        self.responded = false;
+        if self.record.rebooting_to.is_some() || self.goal() != Goal::Run {
+            return;
+        }
+        let next = self.restarts.after(end, self.started.elapsed());
+        tracing::info!(instance = %self.id, ?end, ?next, "the VMM has ended");
+        match next {
+            Next::PowerOff => self.hold(Hold::PoweredOff).await,
+            Next::Restart(delay) => {
+                self.clean_up().await;
+                self.publish();
+                self.pause(delay).await;
+            }
+            Next::GiveUp => {
+                let text = format!("{}: its VMM does not stay up (last: {end:?})", StateReason::INTERNAL_ERROR);
+                self.hold(Hold::Failed(StateReason::new(StateReason::INTERNAL_ERROR, text))).await;
+            }
+        }
+    }
+
+    /// Shuts the guest down, or kills it after `grace`, or sooner if that is wanted meanwhile.
+    async fn end_vmm(&mut self, grace: Duration) {
+        if self.vmm.is_none() {
+            return;
+        }
+        let begun = Instant::now();
+        let mut press = begun;
+        loop {
+            let desired = &self.record.desired;
+            let limit = match desired.run() {
+                RunState::Running => grace,
+                _ if desired.force => Duration::ZERO,
+                RunState::Terminated => grace.min(self.host.terminate_timeout),
+                _ => grace,
+            };
+            let deadline = begun + limit;
+            if Instant::now() >= deadline {
+                break;
+            }
+            if Instant::now() >= press {
+                press = Instant::now() + PRESS_AGAIN;
+                if let Some(vmm) = &self.vmm {
+                    if let Err(error) = vmm.power_button().await {
+                        tracing::warn!(instance = %self.id, %error, "the power button cannot be pressed");
+                    }
+                }
+            }
+            if let Woken::End(_) = self.wait(deadline.min(press)).await {
+                return;
+            }
+        }
+        if let Some(vmm) = &mut self.vmm {
+            tracing::info!(instance = %self.id, "ending the VMM");
+            self.host.step("before killing").await;
+            vmm.kill().await;
+            vmm.wait().await;
+        }
+        self.vmm = None;
+    }
+
+    /// Ends what runs, deletes what does not outlive a stop.
+    async fn stop(&mut self) {
+        self.enter(Phase::Stopping).await;
+        self.publish();
+        self.end_vmm(self.host.stop_timeout).await;
+        self.host.step("after the end of the VMM").await;
+        self.clean_up().await;
+        self.host.network.unregister(&self.id).await;
+        let mut pause = Duration::from_millis(100);
+        while let Err(error) = self.delete_instance_store() {
+            tracing::warn!(instance = %self.id, %error, "an instance-store disk cannot be deleted");
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        self.host.admission.release(&self.id);
+        self.record.rebooting_to = None;
+        self.responded = false;
+        self.enter(Phase::Stopped).await;
+    }
+
+    fn delete_instance_store(&self) -> Result<(), crate::volumes::VolumeError> {
+        let disks = self.spec.as_ref().map_or(0, |spec| spec.instance_store.len());
+        (0..disks).try_for_each(|index| self.host.volumes.delete(&self.host.layout.ephemeral_disk(&self.id, index)))
+    }
+
+    /// Removes cgroup and sockets; goes on trying, since the next VMM needs both.
+    async fn clean_up(&mut self) {
+        let mut pause = Duration::from_millis(100);
+        while let Err(error) = self.host.launcher.clean_up(&self.id).await {
+            tracing::warn!(instance = %self.id, %error, "cleaning up after a VMM");
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        self.host.step("after cleaning up").await;
+    }
+
+    /// Deletes everything; `true` when nothing is left.
+    async fn terminate(&mut self) -> bool {
+        self.enter(Phase::Deleting).await;
+        self.publish();
+        self.end_vmm(self.host.terminate_timeout).await;
+        self.clean_up().await;
+        self.host.network.unregister(&self.id).await;
+        self.host.admission.release(&self.id);
+        let (folder, gone) = (self.host.layout.instance(&self.id), self.host.layout.gone(&self.id));
+        // Renamed first: a half deleted instance must not come back with half of its disks.
+        let renamed = std::fs::rename(&folder, &gone);
+        self.host.step("after renaming").await;
+        let deleted = renamed.and_then(|()| {
+            std::fs::remove_dir_all(&gone)?;
+            crate::state::sync_dir(&self.host.layout.instances())
+        });
+        if let Err(error) = deleted {
+            tracing::warn!(instance = %self.id, %error, "deleting the instance");
+            if folder.exists() {
+                sleep(LOOK_FOR_ANSWER).await;
+                return false;
+            }
+            // What is left has a name that the next sweep knows.
+        }
+        report_gone(&self.host, &self.id, &self.record.desired, self.record.boot_count);
+        tracing::info!(instance = %self.id, "gone");
+        true
+    }
+}
+
+fn parse(desired: &DesiredInstance) -> Result<Spec, String> {
+    Spec::parse(desired.spec.as_ref().ok_or("it is missing")?)
+}
+
+/// Reports that nothing of an instance is here.
+pub fn report_gone(host: &Host, id: &InstanceId, desired: &DesiredInstance, boot_count: u32) {
+    host.reports.publish(
+        id,
+        InstanceReport {
+            observed_generation: desired.generation,
+            state: ObservedState::Gone.into(),
+            observed_reboot_generation: desired.reboot_generation,
+            boot_count,
+            ..InstanceReport::default()
+        },
+    );
+}

@@ -1,0 +1,147 @@
+//! The session: desired state down, reports up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_proto::v1::{
+    AgentHello, AgentMessage, ConsoleOutputReport, ControlMessage, Heartbeat, InstanceReport, OpenConsoleCommand,
+    agent_message, control_message,
+};
+use hearth_types::InstanceId;
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{Client, Link, LinkError, console};
+use crate::epoch::Epoch;
+use crate::instance::Host;
+use crate::supervisor::Supervisor;
+
+/// How often the control plane hears from a quiet agent.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Messages that wait to be sent.
+const QUEUE: usize = 64;
+
+/// What a host says of itself at the start of each session.
+#[derive(Clone, Debug)]
+pub struct Announcement(pub AgentHello);
+
+/// One session after the other with the control plane.
+pub struct Session {
+    /// The instances.
+    pub supervisor: Arc<Supervisor>,
+    /// What they share.
+    pub host: Arc<Host>,
+    /// Terms that have been obeyed.
+    pub epoch: Arc<Epoch>,
+    /// Who we are.
+    pub announcement: Announcement,
+    /// For calls beside the session.
+    pub link: Arc<Link>,
+}
+
+impl Session {
+    /// Runs one session until it ends; the error says why.
+    pub async fn run(&self, mut client: Client) -> LinkError {
+        let (out, messages) = mpsc::channel(QUEUE);
+        let mut reports = self.host.reports.watch();
+        let hello = AgentHello { highest_term: self.epoch.highest_term(), ..self.announcement.0.clone() };
+        let full = self.host.reports.full();
+        let mut sent = full.sequence;
+        for message in [agent_message::Message::Hello(hello), agent_message::Message::FullReport(full)] {
+            if send(&out, message).await.is_err() {
+                return LinkError::Ended("the queue is closed".into());
+            }
+        }
+        let mut inbound = match client.session(ReceiverStream::new(messages)).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => return LinkError::status(&status),
+        };
+        self.link.set(Some(client));
+        tracing::info!("the session with the control plane is up");
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                message = inbound.message() => match message {
+                    Ok(Some(message)) => {
+                        if let Err(error) = self.obey(message, &out).await {
+                            return error;
+                        }
+                        continue;
+                    }
+                    Ok(None) => return LinkError::Ended("closed by the control plane".into()),
+                    Err(status) => return LinkError::status(&status),
+                },
+                _ = heartbeat.tick() => vec![agent_message::Message::Heartbeat(Heartbeat { sequence: sent })],
+                _ = reports.changed() => self.news(&mut sent),
+            };
+            for message in message {
+                if send(&out, message).await.is_err() {
+                    return LinkError::Ended("the connection is gone".into());
+                }
+            }
+        }
+    }
+
+    fn news(&self, sent: &mut u64) -> Vec<agent_message::Message> {
+        let reports: Vec<InstanceReport> = self.host.reports.after(*sent);
+        if let Some(last) = reports.last() {
+            *sent = last.sequence;
+        }
+        reports.into_iter().map(agent_message::Message::Report).collect()
+    }
+
+    async fn obey(&self, message: ControlMessage, out: &mpsc::Sender<AgentMessage>) -> Result<(), LinkError> {
+        let known = self.epoch.highest_term();
+        if message.term < known {
+            return Err(LinkError::Ended(format!("its term {} is over, {known} has been obeyed", message.term)));
+        }
+        // On disk before anything of that term is done.
+        self.epoch.obey(message.term).map_err(|error| LinkError::Ended(format!("its term cannot be kept: {error}")))?;
+        match message.message {
+            Some(control_message::Message::Desired(desired)) => self.supervisor.apply_host(desired),
+            Some(control_message::Message::Instance(instance)) => self.supervisor.apply(instance),
+            Some(control_message::Message::GetConsoleOutput(command)) => {
+                let report = self.console_output(command.request_id, &command.instance_id);
+                // If it cannot be sent the session ends, which is noticed elsewhere.
+                let _ = send(out, agent_message::Message::ConsoleOutput(report)).await;
+            }
+            Some(control_message::Message::OpenConsole(command)) => self.open_console(command),
+            Some(control_message::Message::ReportAll(_)) => {
+                let full = self.host.reports.full();
+                let _ = send(out, agent_message::Message::FullReport(full)).await;
+            }
+            // A newer control plane; what it wants shows in desired state.
+            None => tracing::warn!("the control plane sent a message that this agent does not know"),
+        }
+        Ok(())
+    }
+
+    /// The id of an instance that is here.
+    fn known(&self, id: &str) -> Result<InstanceId, String> {
+        let id: InstanceId = id.parse().map_err(|error: hearth_types::id::IdError| error.to_string())?;
+        if self.supervisor.knows(&id) { Ok(id) } else { Err(format!("{id} is not on this host")) }
+    }
+
+    fn console_output(&self, request_id: u64, id: &str) -> ConsoleOutputReport {
+        match self.known(id).and_then(|id| console::output(&self.host.layout.console_ring(&id))) {
+            Ok(output) => ConsoleOutputReport { request_id, output: output.into(), error: String::new() },
+            Err(error) => ConsoleOutputReport { request_id, error, ..ConsoleOutputReport::default() },
+        }
+    }
+
+    fn open_console(&self, command: OpenConsoleCommand) {
+        let Some(client) = self.link.client() else { return };
+        // An instance that is not here has no socket, and the relay says so.
+        let socket = match self.known(&command.instance_id) {
+            Ok(id) => self.host.layout.console_socket(&id),
+            Err(_) => self.host.layout.run_root().join("none"),
+        };
+        tokio::spawn(async move { console::relay(client, command.session_id, &socket).await });
+    }
+}
+
+async fn send(out: &mpsc::Sender<AgentMessage>, message: agent_message::Message) -> Result<(), ()> {
+    out.send(AgentMessage { message: Some(message) }).await.map_err(|_| ())
+}
