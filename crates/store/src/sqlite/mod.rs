@@ -11,7 +11,9 @@
 //! The file can be inspected with the stock `sqlite3` tool while the store is closed.
 
 mod backup;
+mod checkpoint;
 mod files;
+mod group;
 mod hub;
 mod leases;
 mod lock;
@@ -33,6 +35,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 pub use backup::restore;
 
+use self::checkpoint::Checkpointer;
 use self::hub::Hub;
 use self::leases::Leases;
 use self::lock::StoreLock;
@@ -97,7 +100,7 @@ struct Shared {
     hub: Hub,
     leases: Leases,
     /// Why writes have stopped.
-    stopped: OnceLock<String>,
+    stopped: Arc<OnceLock<String>>,
     idle_readers: Mutex<Vec<Connection>>,
     reader_slots: Semaphore,
     _lock: StoreLock,
@@ -193,7 +196,7 @@ impl SqliteStore {
         let shared = Arc::new(Shared {
             hub: Hub::new(revision, options.recent_revisions, options.recent_bytes),
             leases,
-            stopped: OnceLock::new(),
+            stopped: Arc::new(OnceLock::new()),
             idle_readers: Mutex::new(Vec::new()),
             reader_slots: Semaphore::new(options.readers.max(1)),
             path,
@@ -202,7 +205,8 @@ impl SqliteStore {
             _temporary: temporary,
         });
         let (queue, requests) = channel();
-        let writer = Writer::new(conn, Arc::clone(&shared), requests, revision, compacted);
+        let checkpointer = Checkpointer::start(&shared)?;
+        let writer = Writer::new(conn, Arc::clone(&shared), requests, checkpointer, revision, compacted);
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || writer.run())

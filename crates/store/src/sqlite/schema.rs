@@ -27,8 +27,9 @@ pub(super) const SCHEMA_VERSION: i64 = 1;
 const APPLICATION_ID: i64 = 0x6872_7468;
 /// Page size in bytes: a power of two that holds a few typical objects.
 pub(super) const PAGE_BYTES: u64 = 4096;
-/// Size of the write-ahead log, in pages, from which it is copied back into the database file.
-const CHECKPOINT_PAGES: u32 = 4000;
+/// Size of the write-ahead log, in pages, from which the writer itself copies it back into the
+/// database file. Most of the work has been done beside it by then.
+const CHECKPOINT_PAGES: u32 = 16_000;
 /// Pages beyond the size limit (and its sixteenth) for deletions, which need room before they make it.
 const RESERVE_PAGES: u64 = 2048;
 
@@ -97,7 +98,7 @@ pub(super) fn open_writer(path: &Path, max_bytes: u64) -> Result<Connection> {
          PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
          PRAGMA journal_size_limit = {};
          PRAGMA max_page_count = {};",
-        u64::from(CHECKPOINT_PAGES) * PAGE_BYTES * 2,
+        u64::from(CHECKPOINT_PAGES) * PAGE_BYTES,
         (max_bytes.saturating_add(max_bytes / 16) / PAGE_BYTES).saturating_add(RESERVE_PAGES),
     ))
     .map_err(failed)?;
@@ -114,6 +115,14 @@ pub(super) fn used_bytes(conn: &Connection, path: &Path) -> Result<u64> {
     };
     let pages = pragma("PRAGMA page_count")? - pragma("PRAGMA freelist_count")?;
     Ok(u64::try_from(pages).unwrap_or(0).saturating_mul(PAGE_BYTES))
+}
+
+/// Opens the connection that copies the write-ahead log back.
+pub(super) fn open_checkpointer(path: &Path) -> Result<Connection> {
+    let conn = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    conn.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0;")
+        .map_err(|e| sql_error(path, "cannot configure", &e))?;
+    Ok(conn)
 }
 
 /// Opens a connection for reading.
