@@ -58,7 +58,7 @@ make_tree() {
 }
 
 # Uncompressed: unpacking it is what an emulated CPU would spend the time on.
-make_initrd() {
+make_boot() {
     local tree=$1 initrd=$work/initrd
     mkdir -p "$initrd"/{bin,dev,proc,sys,newroot}
     cp "$tree/bin/busybox" "$initrd/bin/"
@@ -66,4 +66,5 @@ make_initrd() {
     install -m 755 "$images/tiny/initrd-init" "$initrd/init"
     copy_modules "$work/kernel" "$initrd" "${BOOT_MODULES[@]}"
     pack_initrd "$initrd" "$tree/boot/initrd.img-$KERNEL_VERSION" cat
+    write_boot_entry "$tree" tiny
 }
