@@ -66,8 +66,11 @@ pub enum CliError {
     #[error("{0}")]
     Program(String),
     /// `doctor` found something; it has printed what.
-    #[error("this machine cannot run instances directly")]
-    Unfit,
+    #[error("this machine cannot run instances {}", if *testbed { "directly" } else { "yet" })]
+    Unfit {
+        /// Only the testbed helps.
+        testbed: bool,
+    },
 }
 
 /// An error status of the API, taken apart.

@@ -55,7 +55,7 @@ pub async fn run(arguments: Arguments) -> Result<(), CliError> {
             clap_complete::generate(args.shell, &mut Arguments::command(), "hearth", &mut script);
             output::print(&String::from_utf8_lossy(&script))
         }
-        Command::Doctor(_) => Ok(()),
+        Command::Doctor(args) => crate::doctor::run(&args, global.output).await,
         Command::Instance(command) => instance::run(&Context::new(global)?, command).await,
         Command::Image(command) => image::run(&Context::new(global)?, command).await,
         Command::InstanceType(command) => instance::types(&Context::new(global)?, command).await,
