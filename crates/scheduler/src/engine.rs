@@ -4,7 +4,7 @@ use hashbrown::HashMap;
 
 use crate::amounts::{Amounts, Levels};
 use crate::grid::{Grid, Spot, Visit};
-use crate::groups::{Groups, Place};
+use crate::groups::{Groups, Membership, Place};
 use crate::hash::{NumberMap, Random};
 use crate::host_set::HostSet;
 use crate::no_capacity::Exclusion;
@@ -218,6 +218,16 @@ impl Engine {
         hot.partition = NOT_INDEXED;
     }
 
+    /// Counts one more member of a group on a host.
+    pub(crate) fn join(&mut self, membership: Membership, slot: u32) {
+        self.groups.join(membership, slot, || place_of(&self.meta, slot));
+    }
+
+    /// Counts one member of a group less on a host.
+    pub(crate) fn leave(&mut self, membership: Membership, slot: u32) {
+        self.groups.leave(membership, slot, || place_of(&self.meta, slot));
+    }
+
     /// Promises amounts on a host. Unchecked.
     #[inline]
     pub(crate) fn take(&mut self, slot: u32, amounts: &Amounts) {
@@ -287,6 +297,10 @@ impl Engine {
         let hosts = (0u32..).zip(self.meta.iter().zip(&self.hot));
         hosts.filter(|(_, (meta, _))| meta.out.is_none()).map(|(slot, (meta, hot))| (slot, meta.place, &hot.free))
     }
+}
+
+fn place_of(meta: &[Meta], slot: u32) -> Place {
+    meta.get(slot as usize).map(|meta| meta.place).unwrap_or_default()
 }
 
 /// The smallest set of hosts to which the rules confine the choice, if it is small enough to look at each.

@@ -274,15 +274,15 @@ impl Groups {
         number
     }
 
-    /// Counts one more member on a host.
-    pub(crate) fn join(&mut self, membership: Membership, slot: u32, place: Place) {
+    /// Counts one more member on a host. `place` is asked only for placement groups, to spare others the look-up.
+    pub(crate) fn join(&mut self, membership: Membership, slot: u32, place: impl FnOnce() -> Place) {
         let Some(group) = self.groups.get_mut(membership.group as usize) else { return };
         group.members += 1;
         if !group.hosts.insert(slot) {
             *group.details.get_or_insert_default().more.entry(slot).or_insert(0) += 1;
         }
         if group.kind == GroupKind::Placement {
-            group.details.get_or_insert_default().join(place, membership.partition);
+            group.details.get_or_insert_default().join(place(), membership.partition);
         }
     }
 
@@ -297,7 +297,7 @@ impl Groups {
     }
 
     /// Counts one member less on a host; the group ends with its last member.
-    pub(crate) fn leave(&mut self, membership: Membership, slot: u32, place: Place) {
+    pub(crate) fn leave(&mut self, membership: Membership, slot: u32, place: impl FnOnce() -> Place) {
         let Some(group) = self.groups.get_mut(membership.group as usize) else { return };
         group.members -= 1;
         let more = group.details.as_deref_mut().map(|details| &mut details.more);
@@ -305,7 +305,7 @@ impl Groups {
             group.hosts.remove(slot);
         }
         if group.kind == GroupKind::Placement {
-            group.details.get_or_insert_default().leave(place, membership.partition);
+            group.details.get_or_insert_default().leave(place(), membership.partition);
         }
         if group.members == 0
             && let Some(name) = group.name.take()

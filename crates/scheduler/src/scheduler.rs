@@ -337,17 +337,10 @@ impl<H: Key, A: Key> Scheduler<H, A> {
         self.ids.get(slot as usize)?.clone()
     }
 
-    fn place_of(&self, slot: u32) -> Place {
-        self.engine.meta(slot).map(|meta| meta.place).unwrap_or_default()
-    }
-
     /// Enters an allocation that does not exist, with the memberships that stand ready in `self.memberships`.
     pub(crate) fn attach(&mut self, allocation: A, slot: u32, amounts: Amounts, sequence: Option<u64>) {
-        if !self.memberships.is_empty() {
-            let place = self.place_of(slot);
-            for membership in &self.memberships {
-                self.engine.groups.join(*membership, slot, place);
-            }
+        for membership in &self.memberships {
+            self.engine.join(*membership, slot);
         }
         self.engine.take(slot, &amounts);
         let sequence = sequence.unwrap_or_else(|| {
@@ -360,11 +353,8 @@ impl<H: Key, A: Key> Scheduler<H, A> {
 
     pub(crate) fn detach(&mut self, allocation: &A) -> Option<Allocation> {
         let found = self.allocations.remove(allocation)?;
-        if let memberships @ [_, ..] = found.memberships.as_slice() {
-            let place = self.place_of(found.host);
-            for membership in memberships {
-                self.engine.groups.leave(*membership, found.host, place);
-            }
+        for membership in found.memberships.as_slice() {
+            self.engine.leave(*membership, found.host);
         }
         self.engine.give_back(found.host, &found.amounts);
         Some(found)

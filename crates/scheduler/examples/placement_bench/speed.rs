@@ -79,7 +79,7 @@ pub struct Figures {
 }
 
 const GROUP_SIZE: u64 = 8;
-const BATCH: usize = 1000;
+const BATCH: usize = 100;
 /// Part of the memory that is in use while decisions are timed.
 const FILL_PERCENT: u64 = 80;
 
@@ -221,8 +221,8 @@ impl<I: Ids> Cloud<I> {
             let placed_ids = requests.into_iter().map(|(id, _)| id);
             self.live.extend(placed_ids.filter(|id| self.scheduler.allocation(id).is_some()));
         }
-        let mut single = Vec::with_capacity(rounds.min(500) * batch);
-        for _ in 0..rounds.min(500) {
+        let mut single = Vec::with_capacity(rounds.min(5000) * batch);
+        for _ in 0..rounds.min(5000) {
             let (victims, requests) = self.round(batch)?;
             for victim in &victims {
                 self.scheduler.release(victim);
