@@ -9,11 +9,11 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 /// Domain of every [`ErrorInfo`](tonic_types::ErrorInfo).
-pub const ERROR_DOMAIN: &str = "hearth.v1";
+pub(crate) const ERROR_DOMAIN: &str = "hearth.v1";
 
 /// An API call's error.
 #[derive(Clone, Debug)]
-pub struct ApiError {
+pub(crate) struct ApiError {
     code: Code,
     reason: &'static str,
     message: String,

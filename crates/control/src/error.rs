@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Fatal to a control plane. Errors of single calls are [`crate::api_error::ApiError`].
+/// Fatal to a control plane. Errors of single calls go to their callers.
 #[derive(Debug, Error)]
 pub enum ControlError {
     /// A file or folder cannot be used.

@@ -90,7 +90,7 @@ pub(crate) enum Key<'a> {
     ApiToken(&'a str),
     JoinToken(&'a str),
     ClientToken,
-    KeyPair(&'a str),
+    Pair(&'a str),
     ImageSpec(&'a str),
     ImageStatus(&'a str),
     HostSpec(&'a str),
@@ -119,7 +119,7 @@ impl<'a> Key<'a> {
             (Some("tokens"), Some(hash), None, ..) => Self::ApiToken(hash),
             (Some("join-tokens"), Some(hash), None, ..) => Self::JoinToken(hash),
             (Some("client-tokens"), Some(_), Some(_), Some(_), None) => Self::ClientToken,
-            (Some("key-pairs"), Some(_), Some(id), None, _) => Self::KeyPair(id),
+            (Some("key-pairs"), Some(_), Some(id), None, _) => Self::Pair(id),
             (Some("images"), Some(_), Some(id), Some("spec"), None) => Self::ImageSpec(id),
             (Some("images"), Some(_), Some(id), Some("status"), None) => Self::ImageStatus(id),
             (Some("hosts"), Some(id), Some("spec"), None, _) => Self::HostSpec(id),
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(Key::parse(&api_token("ab")), Key::ApiToken("ab"));
         assert_eq!(Key::parse(&join_token("ab")), Key::JoinToken("ab"));
         assert_eq!(Key::parse(&client_token("1", "run", "a/b")), Key::ClientToken);
-        assert_eq!(Key::parse(&key_pair("1", "key-1")), Key::KeyPair("key-1"));
+        assert_eq!(Key::parse(&key_pair("1", "key-1")), Key::Pair("key-1"));
         assert_eq!(Key::parse(&image_spec("1", "ami-1")), Key::ImageSpec("ami-1"));
         assert_eq!(Key::parse(&image_status("1", "ami-1")), Key::ImageStatus("ami-1"));
         assert_eq!(Key::parse(&host_spec("h-1")), Key::HostSpec("h-1"));

@@ -1,50 +1,33 @@
 //! The region: API services, accounts, reconcilers and scheduling.
+//!
+//! [`Control::start`] opens a control plane, [`Control::serve`] answers calls. One TLS port serves users (bearer tokens),
+//! agents (client certificates of the cluster's own CA), `grpc.health.v1` and gRPC reflection. How calls become records, and
+//! records desired state of hosts, is described in `docs/control-plane.md`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 pub mod config;
 pub mod error;
 
 mod api_error;
+mod auth;
+mod bootstrap;
+mod check;
 mod clock;
+mod console;
+mod core;
 mod files;
 mod keys;
+mod layer;
+mod life;
+mod live;
+mod paging;
 mod pki;
+mod placement;
+mod reconcile;
+mod server;
+mod service;
 mod tables;
 
 pub use config::ControlConfig;
 pub use error::ControlError;
-
-use hearth_types::JoinToken;
-use std::net::SocketAddr;
-use std::time::Duration;
-use tokio_util::sync::CancellationToken;
-
-/// A control plane that holds its store, leads its region and listens, but does not answer yet.
-pub struct Control {}
-
-impl Control {
-    /// Opens the store, waits for leadership and binds the port.
-    pub async fn start(config: ControlConfig) -> Result<Self, ControlError> {
-        let _ = config;
-        Err(ControlError::Stopped("not written yet"))
-    }
-    /// Where it listens.
-    pub fn local_addr(&self) -> SocketAddr {
-        SocketAddr::from(([0, 0, 0, 0], 0))
-    }
-    /// Makes a one-time token with which one agent may join.
-    pub async fn create_join_token(&self, ttl: Duration) -> Result<JoinToken, ControlError> {
-        let _ = ttl;
-        Err(ControlError::Stopped("not written yet"))
-    }
-    /// Answers calls until `shutdown` is cancelled or leadership or the store is lost.
-    pub async fn serve(self, shutdown: CancellationToken) -> Result<(), ControlError> {
-        let _ = shutdown;
-        Ok(())
-    }
-}
-
-/// [`Control::start`] and [`Control::serve`].
-pub async fn run(config: ControlConfig, shutdown: CancellationToken) -> Result<(), ControlError> {
-    Control::start(config).await?.serve(shutdown).await
-}
+pub use server::{Control, run};

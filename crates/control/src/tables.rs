@@ -148,7 +148,7 @@ impl Tables {
             Key::ApiToken(hash) => _ = self.api_tokens.insert(hash.to_owned(), decode(kv)?),
             Key::JoinToken(hash) => _ = self.join_tokens.insert(hash.to_owned(), decode(kv)?),
             Key::ClientToken => _ = self.client_tokens.insert(kv.key.clone(), decode(kv)?),
-            Key::KeyPair(id) => _ = self.key_pairs.insert(id.to_owned(), decode(kv)?),
+            Key::Pair(id) => _ = self.key_pairs.insert(id.to_owned(), decode(kv)?),
             Key::ImageSpec(id) => {
                 touched.images = true;
                 self.images.entry(id.to_owned()).or_default().spec = Some(decode(kv)?);
@@ -209,7 +209,7 @@ impl Tables {
             Key::ApiToken(hash) => _ = self.api_tokens.remove(hash),
             Key::JoinToken(hash) => _ = self.join_tokens.remove(hash),
             Key::ClientToken => _ = self.client_tokens.remove(key),
-            Key::KeyPair(id) => _ = self.key_pairs.remove(id),
+            Key::Pair(id) => _ = self.key_pairs.remove(id),
             Key::ImageSpec(id) => {
                 touched.images = true;
                 clear(&mut self.images, id, |entry| entry.spec = None);

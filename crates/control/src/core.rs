@@ -1,0 +1,266 @@
+//! What all parts of the control plane share: the store behind its leader guard, the tables, the scheduler's books, sessions.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_store::{Bytes, Leadership, Revision, Store, Txn, TxnOutcome};
+use hearth_types::Catalogue;
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use prost::Message;
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::api_error::{ApiError, ApiResult};
+use crate::config::ControlConfig;
+use crate::console::Consoles;
+use crate::error::ControlError;
+use crate::live::Live;
+use crate::pki::Pki;
+use crate::placement::Placement;
+use crate::service::idempotency::TokenLocks;
+use crate::tables::{Tables, Touched};
+
+/// Longest wait for the tables to show a write that the store has answered.
+const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Change notes kept for slow watchers; one that falls behind looks at everything again.
+const CHANGE_QUEUE: usize = 1024;
+/// Attempts of a read-change-write before the call gives up.
+const MAX_ATTEMPTS: u32 = 20;
+
+/// How a transaction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Commit {
+    /// It is durable and the tables show it.
+    Done,
+    /// The compare of this index did not hold; the tables show why.
+    Conflict(usize),
+}
+
+/// See the module.
+pub(crate) struct Core {
+    pub config: ControlConfig,
+    pub catalogue: Catalogue,
+    pub pki: Pki,
+    pub live: Live,
+    pub consoles: Consoles,
+    pub token_locks: TokenLocks,
+    pub imports: Arc<Semaphore>,
+    /// Lets the reconcilers run now.
+    pub reconcile: Notify,
+    /// Cancelled when this control plane must stop acting.
+    pub stop: CancellationToken,
+    store: Arc<dyn Store>,
+    leadership: Leadership,
+    tables: RwLock<Tables>,
+    /// Locked after `tables`, never before.
+    placement: Mutex<Placement>,
+    applied: watch::Sender<Revision>,
+    changes: broadcast::Sender<Arc<Touched>>,
+    fatal: Mutex<Option<ControlError>>,
+}
+
+impl Core {
+    #[expect(clippy::too_many_arguments, reason = "called once")]
+    pub fn new(
+        config: ControlConfig,
+        catalogue: Catalogue,
+        pki: Pki,
+        store: Arc<dyn Store>,
+        leadership: Leadership,
+        tables: Tables,
+        revision: Revision,
+        stop: CancellationToken,
+    ) -> Self {
+        let live = Live::new(config.host_timeout);
+        let mut placement = Placement::new();
+        for host in tables.hosts.keys() {
+            placement.sync_host(&tables, host, live.is_up(host));
+        }
+        for instance in tables.instances.keys() {
+            placement.sync_instance(&tables, instance);
+        }
+        Self {
+            imports: Arc::new(Semaphore::new(config.max_concurrent_imports)),
+            consoles: Consoles::default(),
+            token_locks: TokenLocks::default(),
+            reconcile: Notify::new(),
+            live,
+            config,
+            catalogue,
+            pki,
+            store,
+            leadership,
+            stop,
+            tables: RwLock::new(tables),
+            placement: Mutex::new(placement),
+            applied: watch::Sender::new(revision),
+            changes: broadcast::Sender::new(CHANGE_QUEUE),
+            fatal: Mutex::new(None),
+        }
+    }
+
+    pub fn tables(&self) -> RwLockReadGuard<'_, Tables> {
+        self.tables.read()
+    }
+
+    /// The books, for who holds the tables already.
+    pub fn placement(&self, _tables: &Tables) -> MutexGuard<'_, Placement> {
+        self.placement.lock()
+    }
+
+    /// Works on the books with the tables they must agree with.
+    pub fn with_placement<T>(&self, work: impl FnOnce(&Tables, &mut Placement) -> T) -> T {
+        let tables = self.tables.read();
+        let mut placement = self.placement.lock();
+        work(&tables, &mut placement)
+    }
+
+    pub fn term(&self) -> u64 {
+        u64::try_from(self.leadership.term).unwrap_or(0)
+    }
+
+    pub fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {
+        self.changes.subscribe()
+    }
+
+    /// Commits as leader, then waits until the tables show the outcome, so that the caller reads its own write (or, after a
+    /// conflict, what it lost against).
+    pub async fn commit(&self, txn: Txn) -> ApiResult<Commit> {
+        let outcome = match self.store.txn(txn.guard(&self.leadership)).await {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                let fatal = matches!(error, hearth_store::Error::WritesStopped { .. } | hearth_store::Error::Closed);
+                if fatal {
+                    self.die(ControlError::Store(error.clone()));
+                }
+                return Err(error.into());
+            }
+        };
+        match outcome {
+            TxnOutcome::Conflict { index: 0, .. } => {
+                let reason = "another control plane leads now".to_owned();
+                let error = hearth_store::Error::LeadershipLost { term: self.leadership.term, reason };
+                self.die(ControlError::Store(error.clone()));
+                Err(error.into())
+            }
+            TxnOutcome::Conflict { index, revision } => {
+                self.wait_applied(revision).await?;
+                Ok(Commit::Conflict(index - 1))
+            }
+            TxnOutcome::Committed { revision } => {
+                self.wait_applied(revision).await?;
+                Ok(Commit::Done)
+            }
+        }
+    }
+
+    /// Reads tables, makes a transaction and commits it, again from the start when somebody else was faster. `prepare` answers
+    /// `Err` to give up, `Ok((None, result))` when there is nothing to write.
+    pub async fn update<T>(&self, mut prepare: impl FnMut(&Tables) -> ApiResult<(Option<Txn>, T)>) -> ApiResult<T> {
+        for _ in 0..MAX_ATTEMPTS {
+            let (txn, result) = prepare(&self.tables())?;
+            let Some(txn) = txn else { return Ok(result) };
+            if self.commit(txn).await? == Commit::Done {
+                return Ok(result);
+            }
+        }
+        Err(ApiError::unavailable("too many changes at the same time; try again"))
+    }
+
+    async fn wait_applied(&self, revision: Revision) -> ApiResult<()> {
+        let mut applied = self.applied.subscribe();
+        match tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|seen| *seen >= revision)).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(ApiError::unavailable("the write is durable but cannot be shown yet")),
+        }
+    }
+
+    /// Feeds the tables until the store ends the watch.
+    pub async fn follow(&self) -> Result<(), ControlError> {
+        let from = *self.applied.borrow();
+        let mut watch = self.store.watch("/", from + 1).await?;
+        while let Some(batch) = watch.next().await {
+            let batch = batch?;
+            let mut touched = Touched::default();
+            {
+                let mut tables = self.tables.write();
+                tables.apply(&batch.events, &mut touched)?;
+                let mut placement = self.placement.lock();
+                for host in &touched.hosts {
+                    placement.sync_host(&tables, host, self.live.is_up(host));
+                }
+                for instance in &touched.instances {
+                    placement.sync_instance(&tables, instance);
+                }
+            }
+            self.applied.send_replace(batch.revision);
+            self.announce(touched);
+        }
+        Err(ControlError::Stopped("the store's watch"))
+    }
+
+    /// Tells sessions, watchers and reconcilers that something changed.
+    pub fn announce(&self, touched: Touched) {
+        for host in &touched.hosts {
+            self.live.kick(host);
+        }
+        if !touched.instances.is_empty() || !touched.hosts.is_empty() {
+            // No receiver is no error.
+            let _ = self.changes.send(Arc::new(touched));
+        }
+        self.reconcile.notify_one();
+    }
+
+    /// Tells watchers of an instance that what is seen of it changed, without any record having changed.
+    pub fn announce_view(&self, instance: &str) {
+        let touched = Touched { instances: [instance.to_owned()].into(), ..Touched::default() };
+        // No receiver is no error.
+        let _ = self.changes.send(Arc::new(touched));
+    }
+
+    /// A host's session came or went: new placements, status checks and watchers follow.
+    pub fn host_changed(&self, host: &str) {
+        let instances = self.with_placement(|tables, placement| {
+            placement.sync_host(tables, host, self.live.is_up(host));
+            tables.instances_on.get(host).cloned().unwrap_or_default()
+        });
+        self.announce(Touched { instances, hosts: [host.to_owned()].into(), images: false });
+    }
+
+    /// Keeps the lease until leadership is lost.
+    pub async fn hold_leadership(&self) -> ControlError {
+        ControlError::Store(self.leadership.hold(self.store.as_ref()).await)
+    }
+
+    /// Lets another control plane take over at once.
+    pub async fn resign(&self) {
+        if let Err(error) = self.leadership.clone().resign(self.store.as_ref()).await {
+            tracing::debug!(%error, "leadership could not be given up; its lease will expire");
+        }
+    }
+
+    /// Stops everything with this error; the first one counts.
+    pub fn die(&self, error: ControlError) {
+        let mut fatal = self.fatal.lock();
+        if fatal.is_none() {
+            tracing::error!(%error, "the control plane stops");
+            *fatal = Some(error);
+        }
+        self.stop.cancel();
+    }
+
+    /// Why it stopped, if not because it was told to.
+    pub fn take_fatal(&self) -> Option<ControlError> {
+        self.fatal.lock().take()
+    }
+}
+
+/// A record as the store keeps it.
+pub(crate) fn encode(record: &impl Message) -> Bytes {
+    record.encode_to_vec().into()
+}
+
+/// An id as value of a key that only makes something unique.
+pub(crate) fn id_value(id: &str) -> Bytes {
+    Bytes::copy_from_slice(id.as_bytes())
+}

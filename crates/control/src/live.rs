@@ -1,0 +1,143 @@
+//! What only this process knows: open sessions of hosts, progress of work on instances. Lost at a restart and learned anew.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hearth_proto::v1;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock;
+
+/// Commands waiting for a host; more than these and its session is too slow to be of use.
+pub(crate) const COMMAND_QUEUE: usize = 256;
+
+/// The way to a host.
+#[derive(Clone)]
+pub(crate) struct SessionHandle {
+    pub number: u64,
+    pub commands: mpsc::Sender<v1::control_message::Message>,
+    /// Ends the session.
+    pub end: CancellationToken,
+}
+
+#[derive(Default)]
+struct LiveHost {
+    session: Option<SessionHandle>,
+    /// Since when there is no session.
+    lost: Option<Instant>,
+    last_seen_ms: u64,
+    /// Something that this host should know has changed.
+    kick: Arc<Notify>,
+}
+
+/// See the module.
+pub(crate) struct Live {
+    started: Instant,
+    host_timeout: Duration,
+    next_session: AtomicU64,
+    hosts: Mutex<HashMap<String, LiveHost>>,
+    progress: Mutex<HashMap<String, v1::Progress>>,
+}
+
+impl Live {
+    pub fn new(host_timeout: Duration) -> Self {
+        Self {
+            started: Instant::now(),
+            host_timeout,
+            next_session: AtomicU64::new(1),
+            hosts: Mutex::default(),
+            progress: Mutex::default(),
+        }
+    }
+
+    /// Registers a new session of a host and ends the one before.
+    pub fn open(
+        &self,
+        host: &str,
+        commands: mpsc::Sender<v1::control_message::Message>,
+        end: CancellationToken,
+    ) -> (SessionHandle, Arc<Notify>) {
+        let number = self.next_session.fetch_add(1, Ordering::Relaxed);
+        let handle = SessionHandle { number, commands, end };
+        let mut hosts = self.hosts.lock();
+        let live = hosts.entry(host.to_owned()).or_default();
+        if let Some(older) = live.session.replace(handle.clone()) {
+            older.end.cancel();
+        }
+        live.lost = None;
+        live.last_seen_ms = clock::now_ms();
+        (handle, live.kick.clone())
+    }
+
+    /// Unregisters a session; `false` when a newer one has taken its place.
+    pub fn close(&self, host: &str, number: u64) -> bool {
+        let mut hosts = self.hosts.lock();
+        let Some(live) = hosts.get_mut(host) else { return false };
+        if live.session.as_ref().is_none_or(|session| session.number != number) {
+            return false;
+        }
+        live.session = None;
+        live.lost = Some(Instant::now());
+        true
+    }
+
+    /// Ends a host's session for good.
+    pub fn forget(&self, host: &str) {
+        if let Some(LiveHost { session: Some(session), .. }) = self.hosts.lock().remove(host) {
+            session.end.cancel();
+        }
+    }
+
+    pub fn seen(&self, host: &str) {
+        if let Some(live) = self.hosts.lock().get_mut(host) {
+            live.last_seen_ms = clock::now_ms();
+        }
+    }
+
+    pub fn session(&self, host: &str) -> Option<SessionHandle> {
+        self.hosts.lock().get(host)?.session.clone()
+    }
+
+    pub fn connected(&self, host: &str) -> bool {
+        self.hosts.lock().get(host).is_some_and(|live| live.session.is_some())
+    }
+
+    /// Whether new instances may go there: it has a session, or has not been without one for long.
+    pub fn is_up(&self, host: &str) -> bool {
+        let hosts = self.hosts.lock();
+        match hosts.get(host) {
+            Some(LiveHost { session: Some(_), .. }) => true,
+            Some(LiveHost { lost: Some(lost), .. }) => lost.elapsed() < self.host_timeout,
+            // Not heard of since this control plane started.
+            _ => self.started.elapsed() < self.host_timeout,
+        }
+    }
+
+    /// When the host last said anything; 0 = not since the start.
+    pub fn last_seen_ms(&self, host: &str) -> u64 {
+        self.hosts.lock().get(host).map_or(0, |live| live.last_seen_ms)
+    }
+
+    /// Lets the host's session look for changes.
+    pub fn kick(&self, host: &str) {
+        if let Some(live) = self.hosts.lock().get(host) {
+            live.kick.notify_one();
+        }
+    }
+
+    pub fn set_progress(&self, instance: &str, progress: Option<v1::Progress>) -> bool {
+        let mut all = self.progress.lock();
+        match progress {
+            Some(progress) => all.insert(instance.to_owned(), progress.clone()).as_ref() != Some(&progress),
+            None => all.remove(instance).is_some(),
+        }
+    }
+
+    pub fn progress(&self, instance: &str) -> Option<v1::Progress> {
+        self.progress.lock().get(instance).cloned()
+    }
+}

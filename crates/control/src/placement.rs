@@ -1,0 +1,225 @@
+//! Who is placed where, in memory: the scheduler and the claims of calls whose transaction is not in the tables yet. Rebuilt
+//! from the tables at start; only the leader has one, and every transaction that makes it true carries the leader's term.
+
+use std::collections::{HashMap, HashSet};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use hearth_proto::record::v1 as rec;
+use hearth_proto::v1;
+use hearth_scheduler::{
+    Config, GroupStrategy, HostSpec, HostState, NoCapacity, Overcommit, PlacementGroup, Request, Reservation,
+    ResourceVector, Scheduler, SpreadLevel, Strategy,
+};
+use ipnet::Ipv4Net;
+
+use crate::life;
+use crate::tables::{Tables, account_of};
+
+/// First addresses of a network that no instance gets: the network's own, router, DNS, and one in reserve, as in EC2's
+/// subnets.
+const RESERVED_ADDRESSES: u32 = 4;
+
+/// A host's place in the scheduler and the addresses given out there.
+#[derive(Default)]
+struct Addresses {
+    claimed: HashSet<Ipv4Addr>,
+    /// Where the last search ended, so that a freed address rests before it is used again.
+    cursor: u32,
+}
+
+pub(crate) struct Placement {
+    scheduler: Scheduler<String, String>,
+    addresses: HashMap<String, Addresses>,
+    /// Instances of running calls, by account.
+    claimed_instances: HashMap<String, u32>,
+}
+
+/// What an instance takes of the dimensions that hosts report.
+pub(crate) fn vector(resources: &v1::Resources) -> ResourceVector {
+    ResourceVector {
+        vcpus: resources.vcpus,
+        memory_mib: resources.memory_mib,
+        ecu_milli: resources.ecu_milli,
+        instance_store_bytes: resources.instance_store_bytes,
+        ..ResourceVector::default()
+    }
+}
+
+fn to_proto(vector: &ResourceVector) -> v1::Resources {
+    v1::Resources {
+        vcpus: vector.vcpus,
+        memory_mib: vector.memory_mib,
+        ecu_milli: vector.ecu_milli,
+        instance_store_bytes: vector.instance_store_bytes,
+    }
+}
+
+/// Groups are an account's own.
+fn group_name(account: &str, group: &str) -> Arc<str> {
+    format!("{account}/{group}").into()
+}
+
+/// What to ask the scheduler for an instance with these wishes.
+pub(crate) fn request(spec: &rec::InstanceSpec) -> Request<String> {
+    let agent_spec = spec.spec.as_ref();
+    let resources = agent_spec.and_then(|s| s.resources).unwrap_or_default();
+    let mut request = Request::new(vector(&resources));
+    request.strategy = if spec.spread { Strategy::Spread } else { Strategy::Pack };
+    request.zone = Some(spec.wanted_zone.as_str()).filter(|zone| !zone.is_empty()).map(Arc::from);
+    request.host = Some(spec.wanted_host.clone()).filter(|host| !host.is_empty());
+    request.exclude_hosts = spec.refused_by.clone();
+    request.placement_group = placement_group(spec);
+    request.prefer_image = agent_spec.map(|s| Arc::from(s.image_id.as_str()));
+    request
+}
+
+fn placement_group(spec: &rec::InstanceSpec) -> Option<PlacementGroup> {
+    (!spec.spread_group.is_empty()).then(|| PlacementGroup {
+        name: group_name(account_of(spec), &spec.spread_group),
+        strategy: GroupStrategy::Spread { level: SpreadLevel::Host, max_per_zone: None },
+    })
+}
+
+impl Placement {
+    pub fn new() -> Self {
+        Self {
+            scheduler: Scheduler::new(Config::default()),
+            addresses: HashMap::new(),
+            claimed_instances: HashMap::new(),
+        }
+    }
+
+    /// Adds or changes a host as its records and its session say.
+    pub fn sync_host(&mut self, tables: &Tables, host: &str, up: bool) {
+        let Some((spec, status)) = tables.host(host) else {
+            self.scheduler.remove_host(&host.to_owned());
+            self.addresses.remove(host);
+            return;
+        };
+        let status = status.map(|status| (*status.value).clone()).unwrap_or_default();
+        let capacity = vector(&status.capacity.unwrap_or_default());
+        let mut spec_of_host = HostSpec::new(host.to_owned(), status.availability_zone.as_str(), capacity);
+        let percent = if status.vcpu_overcommit_percent == 0 { 100 } else { status.vcpu_overcommit_percent };
+        spec_of_host.overcommit = Overcommit { vcpus_permille: percent.saturating_mul(10), ..Overcommit::default() };
+        spec_of_host.labels =
+            status.labels.iter().map(|tag| (Arc::from(tag.key.as_str()), Arc::from(tag.value.as_str()))).collect();
+        spec_of_host.state = match spec.state() {
+            _ if !up => HostState::Down,
+            v1::HostState::Draining => HostState::Draining,
+            _ => HostState::Active,
+        };
+        if let Some(known) = self.scheduler.host(&host.to_owned()) {
+            spec_of_host.images = known.spec.images.clone();
+        }
+        self.scheduler.upsert_host(spec_of_host);
+    }
+
+    /// Makes the books agree with an instance's records. A stopped instance keeps its place in its groups, without
+    /// resources.
+    pub fn sync_instance(&mut self, tables: &Tables, id: &str) {
+        let name = id.to_owned();
+        let Some((spec, status)) = tables.instance(id) else {
+            self.scheduler.release(&name);
+            return;
+        };
+        let status = status.as_deref();
+        if life::state_of(&spec, status).is_final() {
+            self.scheduler.release(&name);
+            return;
+        }
+        let resources = match life::holds_resources(&spec, status) {
+            true => vector(&spec.spec.as_ref().and_then(|s| s.resources).unwrap_or_default()),
+            false => ResourceVector::default(),
+        };
+        let placement_group = placement_group(&spec).map(|group| (group.name, None));
+        let reservation = Reservation { resources, placement_group, groups: Vec::new() };
+        let stands = self.scheduler.allocation(&name);
+        if stands.as_ref().is_some_and(|(host, has)| **host == spec.host_id && *has == reservation) {
+            return;
+        }
+        if let Err(error) = self.scheduler.reserve(&spec.host_id, name, &reservation) {
+            tracing::warn!(instance = id, %error, "an instance's host is not in the scheduler");
+        }
+        if let Some(image) = spec.spec.as_ref().map(|s| s.image_id.as_str()) {
+            self.scheduler.set_host_image(&spec.host_id, image, true);
+        }
+    }
+
+    /// Chooses hosts for new instances and reserves the room there.
+    pub fn place_many(
+        &mut self,
+        ids: &[String],
+        min: usize,
+        request: &Request<String>,
+    ) -> Result<Vec<String>, NoCapacity> {
+        let placements = self.scheduler.place_many(ids, min, request)?;
+        Ok(placements.into_iter().map(|placement| placement.host).collect())
+    }
+
+    /// Admits a stopped instance on its own host again.
+    pub fn readmit(&mut self, tables: &Tables, spec: &rec::InstanceSpec) -> Result<(), NoCapacity> {
+        let mut wish = request(spec);
+        wish.host = Some(spec.host_id.clone());
+        wish.exclude_hosts.clear();
+        self.scheduler.release(&spec.instance_id);
+        let placed = self.scheduler.place(spec.instance_id.clone(), &wish);
+        if placed.is_err() {
+            self.sync_instance(tables, &spec.instance_id);
+        }
+        placed.map(|_| ())
+    }
+
+    /// Chooses another host for an instance that its present one has refused.
+    pub fn relocate(&mut self, id: &str, request: &Request<String>) -> Result<String, NoCapacity> {
+        self.scheduler.relocate(&id.to_owned(), request).map(|placement| placement.host)
+    }
+
+    /// Frees what was reserved for an instance that is not in the tables.
+    pub fn release(&mut self, id: &str) {
+        self.scheduler.release(&id.to_owned());
+    }
+
+    /// Takes a free address of the host's network. It must be given back with [`Self::unclaim_address`] once it is in the
+    /// tables or not needed.
+    pub fn claim_address(&mut self, tables: &Tables, host: &str) -> Option<Ipv4Addr> {
+        let (_, status) = tables.host(host)?;
+        let network: Ipv4Net = status?.instance_cidr.parse().ok()?;
+        let first = u32::from(network.network()).checked_add(RESERVED_ADDRESSES)?;
+        let last = u32::from(network.broadcast()).checked_sub(1)?;
+        if last < first {
+            return None;
+        }
+        let count = last - first + 1;
+        let taken = tables.addresses.get(host);
+        let of_host = self.addresses.entry(host.to_owned()).or_default();
+        for step in 0..count {
+            let offset = (u64::from(of_host.cursor) + u64::from(step)) % u64::from(count);
+            let address = Ipv4Addr::from(first + u32::try_from(offset).unwrap_or(0));
+            let in_use =
+                of_host.claimed.contains(&address) || taken.is_some_and(|taken| taken.contains(&address.to_string()));
+            if !in_use {
+                of_host.claimed.insert(address);
+                of_host.cursor = u32::try_from((offset + 1) % u64::from(count)).unwrap_or(0);
+                return Some(address);
+            }
+        }
+        None
+    }
+
+    pub fn unclaim_address(&mut self, host: &str, address: Ipv4Addr) {
+        if let Some(of_host) = self.addresses.get_mut(host) {
+            of_host.claimed.remove(&address);
+        }
+    }
+
+    /// Instances that running calls are about to make for an account.
+    pub fn claimed_instances(&mut self, account: &str) -> &mut u32 {
+        self.claimed_instances.entry(account.to_owned()).or_default()
+    }
+
+    /// What is promised on a host.
+    pub fn allocated(&self, host: &str) -> v1::Resources {
+        self.scheduler.host(&host.to_owned()).map(|view| to_proto(&view.allocated)).unwrap_or_default()
+    }
+}

@@ -1,0 +1,248 @@
+//! A control plane from start to end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_proto::v1;
+use hearth_store::sqlite::SqliteStore;
+use hearth_store::{Store, leader};
+use hearth_types::JoinToken;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+
+use crate::bootstrap;
+use crate::config::ControlConfig;
+use crate::core::Core;
+use crate::error::ControlError;
+use crate::files;
+use crate::layer::ApiLayer;
+use crate::pki::{Pki, ServerIdentity};
+use crate::reconcile;
+use crate::service::Api;
+use crate::tables::Tables;
+
+/// Largest request of the user services; images come in chunks.
+const MAX_REQUEST_BYTES: usize = 4 << 20;
+/// Largest message of an agent: full reports.
+const MAX_AGENT_MESSAGE_BYTES: usize = 8 << 20;
+/// Largest set of request headers.
+const MAX_HEADER_BYTES: u32 = 16 * 1024;
+/// Calls at a time on one connection.
+const MAX_STREAMS: u32 = 1000;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long running calls may go on after a shutdown was asked for.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A control plane that holds its store, leads its region and has its port, but does not answer before [`Self::serve`].
+/// Dropping it ends it like a crash: nothing is lost, leadership is taken over by the next start.
+pub struct Control {
+    core: Arc<Core>,
+    /// Until it serves.
+    listener: Option<TcpListener>,
+    address: SocketAddr,
+    identity: ServerIdentity,
+    tasks: JoinSet<()>,
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.core.stop.cancel();
+    }
+}
+
+impl Control {
+    /// Opens (or makes) everything in the state folder, waits for leadership and takes the port.
+    ///
+    /// # Errors
+    /// Every [`ControlError`]: what it finds is used whole or not at all.
+    pub async fn start(config: ControlConfig) -> Result<Self, ControlError> {
+        files::make_dir(&config.state_dir)?;
+        let store = SqliteStore::open(config.state_dir.join("hearth.db"))?;
+        Self::start_with_store(config, Arc::new(store)).await
+    }
+
+    /// [`Self::start`] with a store that is open already.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with_store(config: ControlConfig, store: Arc<dyn Store>) -> Result<Self, ControlError> {
+        check(&config)?;
+        for folder in [config.state_dir.clone(), config.image_dir(), config.spool_dir()] {
+            files::make_dir(&folder)?;
+        }
+        let catalogue = bootstrap::load_catalogue(&config)?;
+        let leadership = leader::campaign(store.as_ref(), &config.name, config.leader_ttl).await?;
+        tracing::info!(term = leadership.term, name = config.name, "leads");
+        let cluster = bootstrap::ensure_cluster(store.as_ref(), &leadership, &config.region).await?;
+        let pki = Pki::open(&config.state_dir.join("pki"), &cluster.cluster_id)?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .map_err(|source| ControlError::Listen { address: config.listen, source })?;
+        let address =
+            listener.local_addr().map_err(|source| ControlError::Listen { address: config.listen, source })?;
+        let identity = pki.server_identity(&bootstrap::server_names(&config, address))?;
+        let (kvs, revision) = hearth_store::list(store.as_ref(), "/").await?;
+        let tables = Tables::load(&kvs)?;
+        let endpoint =
+            config.public_endpoint.clone().unwrap_or_else(|| format!("https://localhost:{}", address.port()));
+        let stop = CancellationToken::new();
+        let core = Arc::new(Core::new(config, catalogue, pki, store, leadership, tables, revision, stop));
+
+        let mut tasks = JoinSet::new();
+        let follower = core.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                result = follower.follow() => {
+                    follower.die(result.err().unwrap_or(ControlError::Stopped("the store's watch")));
+                }
+                () = follower.stop.cancelled() => {}
+            }
+        });
+        let holder = core.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                error = holder.hold_leadership() => holder.die(error),
+                () = holder.stop.cancelled() => {}
+            }
+        });
+        let control = Self { core, listener: Some(listener), address, identity, tasks };
+        reconcile::images::clean_up_after_crash(&control.core).await?;
+        bootstrap::ensure_admin_credentials(&control.core, endpoint).await?;
+        Ok(control)
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The cluster's CA certificate, PEM.
+    pub fn ca_certificate(&self) -> &str {
+        self.core.pki.ca_pem()
+    }
+
+    /// Folder with the raw disks of images, `<image id>.raw`.
+    pub fn image_dir(&self) -> std::path::PathBuf {
+        self.core.config.image_dir()
+    }
+
+    /// Makes a one-time token with which one agent may join within `ttl`.
+    ///
+    /// # Errors
+    /// [`ControlError::Stopped`] when the store does not take it.
+    pub async fn create_join_token(&self, ttl: Duration) -> Result<JoinToken, ControlError> {
+        let made = crate::service::enroll::create_join_token(&self.core, ttl).await;
+        made.map(|(token, _)| token).map_err(|error| {
+            tracing::error!(%error, "no join token");
+            ControlError::Stopped("the making of a join token")
+        })
+    }
+
+    /// Answers calls until `shutdown` is cancelled (`Ok`), or the store or leadership is lost.
+    ///
+    /// # Errors
+    /// What made it stop.
+    pub async fn serve(mut self, shutdown: CancellationToken) -> Result<(), ControlError> {
+        let core = self.core.clone();
+        let identity = Identity::from_pem(&self.identity.chain_pem, &self.identity.key_pem);
+        let tls = ServerTlsConfig::new()
+            .identity(identity)
+            .client_ca_root(Certificate::from_pem(core.pki.ca_pem()))
+            .client_auth_optional(true)
+            .timeout(HANDSHAKE_TIMEOUT);
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(hearth_proto::DESCRIPTORS)
+            .build_v1()
+            .map_err(|error| ControlError::Setting { name: "reflection", reason: error.to_string() })?;
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let api = Api { core: core.clone() };
+        health.set_serving::<v1::instance_service_server::InstanceServiceServer<Api>>().await;
+        health.set_serving::<v1::agent_service_server::AgentServiceServer<Api>>().await;
+
+        macro_rules! service {
+            ($module:ident, $server:ident) => {
+                v1::$module::$server::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES)
+            };
+        }
+        let router = Server::builder()
+            .tls_config(tls)?
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .http2_max_header_list_size(MAX_HEADER_BYTES)
+            .max_concurrent_streams(MAX_STREAMS)
+            .layer(ApiLayer { core: core.clone() })
+            .add_service(service!(account_service_server, AccountServiceServer))
+            .add_service(service!(key_pair_service_server, KeyPairServiceServer))
+            .add_service(service!(tag_service_server, TagServiceServer))
+            .add_service(service!(image_service_server, ImageServiceServer))
+            .add_service(service!(instance_service_server, InstanceServiceServer))
+            .add_service(service!(instance_type_service_server, InstanceTypeServiceServer))
+            .add_service(service!(host_service_server, HostServiceServer))
+            .add_service(
+                v1::agent_service_server::AgentServiceServer::new(api.clone())
+                    .max_decoding_message_size(MAX_AGENT_MESSAGE_BYTES),
+            )
+            .add_service(health_service)
+            .add_service(reflection);
+
+        reconcile::spawn(&core, &mut self.tasks);
+        let listener = self.listener.take().ok_or(ControlError::Stopped("the listener"))?;
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let stop = core.stop.clone();
+        let serving = router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+        tracing::info!(address = %self.address, "serves");
+        tokio::pin!(serving);
+        let served = tokio::select! {
+            served = &mut serving => Some(served),
+            () = shutdown.cancelled() => None,
+            () = stop.cancelled() => None,
+        };
+        stop.cancel();
+        let drained = match served {
+            Some(served) => served,
+            // Who stays longer is cut off.
+            None => tokio::time::timeout(DRAIN_TIMEOUT, &mut serving).await.unwrap_or(Ok(())),
+        };
+        while self.tasks.join_next().await.is_some() {}
+        match core.take_fatal() {
+            Some(error) => return Err(error),
+            None => core.resign().await,
+        }
+        Ok(drained?)
+    }
+}
+
+/// [`Control::start`] and [`Control::serve`].
+///
+/// # Errors
+/// Those of both.
+pub async fn run(config: ControlConfig, shutdown: CancellationToken) -> Result<(), ControlError> {
+    let control = tokio::select! {
+        control = Control::start(config) => control?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    control.serve(shutdown).await
+}
+
+fn check(config: &ControlConfig) -> Result<(), ControlError> {
+    let refuse = |name, reason: &str| Err(ControlError::Setting { name, reason: reason.to_owned() });
+    if config.max_concurrent_imports == 0 {
+        return refuse("max_concurrent_imports", "must be at least 1");
+    }
+    if config.region.is_empty() || config.region.len() > 64 {
+        return refuse("region", "must have 1..=64 characters");
+    }
+    if config.client_token_ttl < Duration::from_secs(24 * 3600) {
+        return refuse("client_token_ttl", "must be at least 24 hours");
+    }
+    if config.session_timeout < Duration::from_secs(1) || config.resync_interval < Duration::from_millis(10) {
+        return refuse("session_timeout", "time-outs are too short");
+    }
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! The gRPC services. Each file answers one service's calls, or a part of a large one.
+
+use std::sync::Arc;
+
+use crate::api_error::{ApiError, ApiResult};
+use crate::core::Core;
+
+pub(crate) mod account;
+pub(crate) mod agent;
+pub(crate) mod console;
+pub(crate) mod enroll;
+pub(crate) mod host;
+pub(crate) mod idempotency;
+pub(crate) mod image;
+pub(crate) mod import;
+pub(crate) mod instance;
+pub(crate) mod instance_type;
+pub(crate) mod key_pair;
+pub(crate) mod lifecycle;
+pub(crate) mod reports;
+pub(crate) mod run;
+pub(crate) mod session;
+pub(crate) mod tag;
+pub(crate) mod watch;
+
+/// Implements every service.
+#[derive(Clone)]
+pub(crate) struct Api {
+    pub core: Arc<Core>,
+}
+
+/// Runs work that must not stop halfway when its caller hangs up.
+pub(crate) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = ApiResult<T>> + Send + 'static,
+) -> ApiResult<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(error) => Err(ApiError::internal(format!("the call ended unexpectedly: {error}"))),
+    }
+}

@@ -1,0 +1,189 @@
+//! Images: finding, listing and deregistering them. Importing is in `import`.
+
+use hearth_proto::record::v1 as rec;
+use hearth_proto::v1;
+use hearth_store::Txn;
+use hearth_types::ImageId;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Api, import};
+use crate::api_error::{ApiError, ApiResult};
+use crate::auth;
+use crate::check;
+use crate::clock;
+use crate::core::encode;
+use crate::keys;
+use crate::paging::Pager;
+use crate::tables::{ImageEntry, Tables, Versioned};
+
+const FILTERS: [&str; 9] =
+    ["image-id", "name", "description", "state", "architecture", "owner-id", "tag-key", "tag-value", "tag:"];
+const ROOT_DEVICE_NAME: &str = "/dev/sda1";
+
+pub(crate) fn view(spec: &rec::ImageSpec, status: Option<&rec::ImageStatus>) -> v1::Image {
+    let status = status.cloned().unwrap_or_default();
+    let state = match (spec.deregistered, status.state()) {
+        (true, _) => v1::ImageState::Deregistered,
+        (_, v1::ImageState::Unspecified) => v1::ImageState::Pending,
+        (_, state) => state,
+    };
+    v1::Image {
+        image_id: spec.image_id.clone(),
+        account_id: spec.account_id.clone(),
+        name: spec.name.clone(),
+        description: spec.description.clone(),
+        state: state.into(),
+        state_reason: status.reason,
+        architecture: "x86_64".to_owned(),
+        size_bytes: status.size_bytes,
+        sha256: status.sha256,
+        boot: spec.boot.clone(),
+        tags: spec.tags.clone(),
+        creation_date: clock::rfc3339(spec.created_ms),
+        root_device_name: ROOT_DEVICE_NAME.to_owned(),
+    }
+}
+
+fn state_name(state: v1::ImageState) -> &'static str {
+    match state {
+        v1::ImageState::Available => "available",
+        v1::ImageState::Failed => "failed",
+        v1::ImageState::Deregistered => "deregistered",
+        v1::ImageState::Pending | v1::ImageState::Unspecified => "pending",
+    }
+}
+
+fn check_id(id: &str) -> ApiResult<()> {
+    match id.parse::<ImageId>() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(ApiError::malformed_id("InvalidAMIID.Malformed", "image_id", &error)),
+    }
+}
+
+fn not_found(ids: &[&str]) -> ApiError {
+    ApiError::not_found("InvalidAMIID.NotFound", "image", ids)
+}
+
+/// Accounts use their own images and those of operators.
+fn may_use(tables: &Tables, account: &str, spec: &rec::ImageSpec) -> bool {
+    spec.account_id == account || tables.accounts.get(&spec.account_id).is_some_and(|owner| owner.is_operator)
+}
+
+fn visible<'a>(tables: &Tables, account: &str, entry: &'a ImageEntry) -> Option<&'a Versioned<rec::ImageSpec>> {
+    entry.spec.as_ref().filter(|spec| !spec.deregistered && may_use(tables, account, spec))
+}
+
+/// An image that the account may use.
+pub(crate) fn find<'a>(
+    tables: &'a Tables,
+    account: &str,
+    id: &str,
+) -> ApiResult<(&'a Versioned<rec::ImageSpec>, Option<&'a rec::ImageStatus>)> {
+    check_id(id)?;
+    let entry = tables.images.get(id).ok_or_else(|| not_found(&[id]))?;
+    let spec = visible(tables, account, entry).ok_or_else(|| not_found(&[id]))?;
+    Ok((spec, entry.status.as_deref()))
+}
+
+/// An image that the account may change.
+pub(crate) fn find_own<'a>(tables: &'a Tables, account: &str, id: &str) -> ApiResult<&'a Versioned<rec::ImageSpec>> {
+    let (spec, _) = find(tables, account, id)?;
+    match spec.account_id == account {
+        true => Ok(spec),
+        false => Err(ApiError::unauthorized(format!("image {id} is another account's")).with("image_id", id)),
+    }
+}
+
+impl Api {
+    fn do_list_images(&self, account: &str, mut request: v1::ListImagesRequest) -> ApiResult<v1::ListImagesResponse> {
+        let page = request.page.take();
+        let pager = Pager::new(&self.core, "ListImages", account, &request, page.as_ref())?;
+        let ids = check::optional_ids("image_ids", &request.image_ids)?;
+        ids.iter().try_for_each(|id| check_id(id))?;
+        let filters = check::filters(&request.filters, &FILTERS)?;
+        let tables = self.core.tables();
+        let known = |id: &&str| tables.images.get(*id).and_then(|entry| visible(&tables, account, entry)).is_some();
+        let missing: Vec<&str> = ids.iter().map(String::as_str).filter(|id| !known(id)).collect();
+        if !missing.is_empty() {
+            return Err(not_found(&missing));
+        }
+        let found: Vec<v1::Image> = tables
+            .images
+            .iter()
+            .filter(|(id, _)| pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter_map(|(_, entry)| Some(view(visible(&tables, account, entry)?, entry.status.as_deref())))
+            .filter(|image| {
+                filters.matches(|name| match name {
+                    "image-id" => vec![image.image_id.as_str().into()],
+                    "name" => vec![image.name.as_str().into()],
+                    "description" => vec![image.description.as_str().into()],
+                    "state" => vec![state_name(image.state()).into()],
+                    "architecture" => vec![image.architecture.as_str().into()],
+                    "owner-id" => vec![image.account_id.as_str().into()],
+                    other => check::tag_values(&image.tags, other).unwrap_or_default(),
+                })
+            })
+            .collect();
+        let (images, page) = pager.collect(found.iter().map(|image| (image.image_id.as_str(), image.clone())));
+        Ok(v1::ListImagesResponse { images, page })
+    }
+
+    async fn do_deregister_image(&self, account: &str, id: &str) -> ApiResult<()> {
+        self.core
+            .update(|tables| {
+                let spec = find_own(tables, account, id)?;
+                let entry = tables.images.get(id);
+                let state = entry.and_then(|entry| entry.status.as_ref()).map(|status| status.state());
+                if matches!(state, None | Some(v1::ImageState::Pending)) {
+                    let message = format!("image {id} is still being imported");
+                    return Err(ApiError::wrong_state("IncorrectImageState", message).with("image_id", id));
+                }
+                let new = rec::ImageSpec { deregistered: true, ..(*spec.value).clone() };
+                let key = keys::image_spec(account, id);
+                let mut txn = Txn::new().compare_mod_revision(&key, spec.revision).put(&key, encode(&new));
+                // A failed import has given its name back already.
+                if state == Some(v1::ImageState::Available) {
+                    txn = txn.delete(keys::image_name(account, &spec.name));
+                }
+                Ok((Some(txn), ()))
+            })
+            .await
+    }
+}
+
+#[tonic::async_trait]
+impl v1::image_service_server::ImageService for Api {
+    type ImportImageStream = import::ImportStream;
+
+    async fn import_image(
+        &self,
+        request: Request<Streaming<v1::ImportImageRequest>>,
+    ) -> Result<Response<Self::ImportImageStream>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(import::start(self.core.clone(), account, request.into_inner()).await?))
+    }
+
+    async fn list_images(
+        &self,
+        request: Request<v1::ListImagesRequest>,
+    ) -> Result<Response<v1::ListImagesResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_images(&account, request.into_inner())?))
+    }
+
+    async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<v1::Image>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let tables = self.core.tables();
+        let (spec, status) = find(&tables, &account, &request.get_ref().image_id)?;
+        Ok(Response::new(view(spec, status)))
+    }
+
+    async fn deregister_image(
+        &self,
+        request: Request<v1::DeregisterImageRequest>,
+    ) -> Result<Response<v1::DeregisterImageResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        self.do_deregister_image(&account, &request.into_inner().image_id).await?;
+        Ok(Response::new(v1::DeregisterImageResponse {}))
+    }
+}

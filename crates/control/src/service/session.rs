@@ -1,0 +1,371 @@
+//! Sessions of agents: desired state down, reports up. One per host, the newest wins. Reports are read first and desired state is
+//! sent afterwards, so that what a full report lacks was really not there before this session asked for it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use hearth_proto::record::v1 as rec;
+use hearth_proto::v1;
+use hearth_store::Txn;
+use hearth_types::HostId;
+use ipnet::Ipv4Net;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+use v1::agent_message::Message as Up;
+use v1::control_message::Message as Down;
+
+use super::reports;
+use crate::api_error::{ApiError, ApiResult};
+use crate::check;
+use crate::clock;
+use crate::core::{Commit, Core, encode};
+use crate::keys;
+use crate::life::{self, Origin};
+use crate::live::{COMMAND_QUEUE, SessionHandle};
+use crate::tables::{SCHEMA_VERSION, Tables};
+
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long desired state waits for the first full report.
+const FULL_REPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Reports of a full report that are written at the same time.
+const PARALLEL_REPORTS: usize = 32;
+/// Most instances in a full report.
+const MAX_INSTANCES: usize = 20_000;
+const MAX_TEXT_CHARS: usize = 255;
+/// Messages on the way to an agent.
+const OUT_QUEUE: usize = 16;
+
+type Out = mpsc::Sender<Result<v1::ControlMessage, Status>>;
+
+/// Takes the hello, registers the session and lets it run by itself.
+pub(crate) async fn open(
+    core: Arc<Core>,
+    host: HostId,
+    mut messages: Streaming<v1::AgentMessage>,
+) -> ApiResult<ReceiverStream<Result<v1::ControlMessage, Status>>> {
+    let first = tokio::time::timeout(HELLO_TIMEOUT, messages.message()).await;
+    let Ok(Ok(Some(v1::AgentMessage { message: Some(Up::Hello(hello)) }))) = first else {
+        return Err(ApiError::invalid("hello", "must be the first message of a session"));
+    };
+    let host = host.to_string();
+    check_hello(&core, &host, &hello)?;
+    let (commands_in, commands) = mpsc::channel(COMMAND_QUEUE);
+    let end = CancellationToken::new();
+    let (handle, kick) = core.live.open(&host, commands_in, end.clone());
+    let registered = Registered { core: core.clone(), host: host.clone(), number: handle.number };
+    write_hello(&core, &host, &hello).await?;
+    core.host_changed(&host);
+    tracing::info!(host, session = handle.number, epoch = hello.agent_epoch, boot_id = hello.boot_id, "session begins");
+    let (out, stream) = mpsc::channel(OUT_QUEUE);
+    let (ready, is_ready) = oneshot::channel();
+    let sender = Sender { core: core.clone(), host: host.clone(), out, sent: HashMap::new() };
+    tokio::spawn(sender.run(commands, kick, is_ready, end.clone()));
+    let receiver = Receiver { core, host, epoch: hello.agent_epoch, handle, ready: Some(ready), registered };
+    tokio::spawn(receiver.run(messages, end));
+    Ok(ReceiverStream::new(stream))
+}
+
+fn check_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResult<()> {
+    if hello.host_id != host {
+        return Err(ApiError::unauthorized(format!(
+            "the certificate is that of host {host}, not of {:.40}",
+            hello.host_id
+        )));
+    }
+    if hello.highest_term > core.term() {
+        let message = format!(
+            "the agent has obeyed term {}, this control plane has term {}: another one leads",
+            hello.highest_term,
+            core.term()
+        );
+        return Err(ApiError::new(Code::FailedPrecondition, "OutdatedLeader", message).with("term", core.term()));
+    }
+    let texts = [
+        ("boot_id", &hello.boot_id),
+        ("agent_version", &hello.agent_version),
+        ("kernel_version", &hello.kernel_version),
+        ("availability_zone", &hello.availability_zone),
+    ];
+    for (field, text) in texts {
+        check::text(field, text, MAX_TEXT_CHARS)?;
+    }
+    if hello.boot_id.is_empty() {
+        return Err(ApiError::missing("boot_id"));
+    }
+    if hello.capacity.is_none() {
+        return Err(ApiError::missing("capacity"));
+    }
+    hello.instance_cidr.parse::<Ipv4Net>().map_err(|_| {
+        ApiError::invalid("instance_cidr", format!("'{:.40}' is not an IPv4 network", hello.instance_cidr))
+    })?;
+    check::tags(&hello.labels).map_err(|error| ApiError::invalid("labels", error.to_string()))
+}
+
+async fn write_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResult<()> {
+    let status = rec::HostStatus {
+        schema_version: SCHEMA_VERSION,
+        connected: true,
+        last_seen_ms: clock::now_ms(),
+        boot_id: hello.boot_id.clone(),
+        agent_epoch: hello.agent_epoch,
+        agent_version: hello.agent_version.clone(),
+        kernel_version: hello.kernel_version.clone(),
+        capacity: hello.capacity,
+        vcpu_overcommit_percent: hello.vcpu_overcommit_percent,
+        availability_zone: hello.availability_zone.clone(),
+        instance_cidr: hello.instance_cidr.clone(),
+        labels: hello.labels.clone(),
+    };
+    if let Some((_, Some(known))) = core.tables().host(host) {
+        if known.boot_id != hello.boot_id {
+            tracing::warn!(
+                host,
+                before = known.boot_id,
+                now = hello.boot_id,
+                "the host has rebooted; its VMMs are gone"
+            );
+        }
+        if known.agent_epoch > hello.agent_epoch {
+            tracing::warn!(
+                host,
+                before = known.agent_epoch,
+                now = hello.agent_epoch,
+                "the agent's state is an older copy"
+            );
+        }
+    }
+    let txn = Txn::new().compare_exists(keys::host_spec(host)).put(keys::host_status(host), encode(&status));
+    match core.commit(txn).await? {
+        Commit::Done => Ok(()),
+        Commit::Conflict(_) => Err(ApiError::unauthorized(format!("host {host} has been removed; join it again"))),
+    }
+}
+
+/// Unregisters the session when it is dropped, however it ended.
+struct Registered {
+    core: Arc<Core>,
+    host: String,
+    number: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if !self.core.live.close(&self.host, self.number) {
+            return;
+        }
+        self.core.host_changed(&self.host);
+        let (core, host) = (self.core.clone(), self.host.clone());
+        tokio::spawn(async move { disconnected(&core, &host).await });
+    }
+}
+
+/// Notes in the store that a host is gone, and in the books when it has been gone for too long.
+async fn disconnected(core: &Arc<Core>, host: &str) {
+    let noted = core
+        .update(|tables| {
+            let Some((_, Some(status))) = tables.host(host) else { return Ok((None, ())) };
+            if core.live.connected(host) {
+                return Ok((None, ()));
+            }
+            let new = rec::HostStatus {
+                connected: false,
+                last_seen_ms: core.live.last_seen_ms(host),
+                ..(*status.value).clone()
+            };
+            let key = keys::host_status(host);
+            Ok((Some(Txn::new().compare_mod_revision(&key, status.revision).put(&key, encode(&new))), ()))
+        })
+        .await;
+    if let Err(error) = noted {
+        tracing::debug!(host, %error, "the end of a session could not be noted");
+    }
+    tokio::select! {
+        () = tokio::time::sleep(core.config.host_timeout + Duration::from_millis(10)) => {}
+        () = core.stop.cancelled() => return,
+    }
+    if !core.live.is_up(host) && core.tables().host(host).is_some() {
+        tracing::warn!(
+            host,
+            "the host has not come back; it takes no new instances, those on it are impaired and stay there"
+        );
+        core.host_changed(host);
+    }
+}
+
+/// Everything a host should have. Terminated instances are in it until the host has reported them gone.
+fn desired_instances(tables: &Tables, host: &str) -> Vec<v1::DesiredInstance> {
+    let placed = tables.instances_on.get(host).into_iter().flatten();
+    let wanted = placed.filter_map(|id| {
+        let (spec, status) = tables.instance(id)?;
+        (!life::state_of(&spec, status.as_deref()).is_final()).then(|| life::desired(&spec))
+    });
+    let evicted = tables.evictions.get(host).into_iter().flatten();
+    wanted.chain(evicted.map(|(id, eviction)| reports::evicted(id, eviction))).collect()
+}
+
+/// The downward half.
+struct Sender {
+    core: Arc<Core>,
+    host: String,
+    out: Out,
+    /// Generation that the agent has been told, by instance.
+    sent: HashMap<String, u64>,
+}
+
+impl Sender {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Down>,
+        kick: Arc<Notify>,
+        ready: oneshot::Receiver<()>,
+        end: CancellationToken,
+    ) {
+        let (core, out) = (self.core.clone(), self.out.clone());
+        tokio::select! {
+            () = end.cancelled() => {}
+            () = core.stop.cancelled() => {}
+            () = out.closed() => {}
+            () = self.pump(&mut commands, &kick, ready) => {}
+        }
+        // Ends the receiving half too.
+        end.cancel();
+        let _ = out.try_send(Err(ApiError::unavailable("this session has ended; open a new one").into()));
+    }
+
+    async fn pump(&mut self, commands: &mut mpsc::Receiver<Down>, kick: &Notify, ready: oneshot::Receiver<()>) {
+        // A closed channel means that the other half ended.
+        let _ = tokio::time::timeout(FULL_REPORT_TIMEOUT, ready).await;
+        let instances = desired_instances(&self.core.tables(), &self.host);
+        self.sent = instances.iter().map(|d| (d.instance_id.clone(), d.generation)).collect();
+        if !self.send(Down::Desired(v1::DesiredHost { instances })).await {
+            return;
+        }
+        loop {
+            let alive = tokio::select! {
+                command = commands.recv() => match command {
+                    Some(command) => self.send(command).await,
+                    None => false,
+                },
+                () = kick.notified() => self.send_changes().await,
+            };
+            if !alive {
+                return;
+            }
+        }
+    }
+
+    async fn send_changes(&mut self) -> bool {
+        let now = desired_instances(&self.core.tables(), &self.host);
+        let mut sent = HashMap::with_capacity(now.len());
+        for desired in now {
+            let (id, generation) = (desired.instance_id.clone(), desired.generation);
+            let known = self.sent.get(&id) == Some(&generation);
+            if !known && !self.send(Down::Instance(desired)).await {
+                return false;
+            }
+            sent.insert(id, generation);
+        }
+        self.sent = sent;
+        true
+    }
+
+    async fn send(&self, message: Down) -> bool {
+        let message = v1::ControlMessage { term: self.core.term(), message: Some(message) };
+        self.out.send(Ok(message)).await.is_ok()
+    }
+}
+
+/// The upward half.
+struct Receiver {
+    core: Arc<Core>,
+    host: String,
+    epoch: u64,
+    handle: SessionHandle,
+    /// Told when the first full report has been worked in.
+    ready: Option<oneshot::Sender<()>>,
+    registered: Registered,
+}
+
+impl Receiver {
+    async fn run(mut self, mut messages: Streaming<v1::AgentMessage>, end: CancellationToken) {
+        let why = loop {
+            let message = tokio::select! {
+                () = end.cancelled() => break "a newer session, or the end of the stream".to_owned(),
+                message = tokio::time::timeout(self.core.config.session_timeout, messages.message()) => message,
+            };
+            match message {
+                Err(_) => break "silence".to_owned(),
+                Ok(Ok(None)) => break "the agent ended it".to_owned(),
+                Ok(Err(status)) => break status.message().to_owned(),
+                Ok(Ok(Some(message))) => {
+                    self.core.live.seen(&self.host);
+                    if let Some(message) = message.message {
+                        self.handle_message(message).await;
+                    }
+                }
+            }
+        };
+        end.cancel();
+        tracing::info!(host = self.host, session = self.registered.number, why, "session ends");
+    }
+
+    async fn handle_message(&mut self, message: Up) {
+        match message {
+            Up::Hello(_) => tracing::warn!(host = self.host, "a second hello in one session is ignored"),
+            Up::Heartbeat(_) => {}
+            Up::Report(report) => self.take(report).await,
+            Up::FullReport(report) => self.take_all(report).await,
+            Up::ConsoleOutput(report) => self.core.consoles.answer(&self.host, report),
+        }
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        Origin { host_id: &self.host, agent_epoch: self.epoch, now_ms: clock::now_ms() }
+    }
+
+    async fn take(&self, report: v1::InstanceReport) {
+        match reports::apply(&self.core, self.origin(), &report).await {
+            Ok(None) => {}
+            Ok(Some(command)) => {
+                // A session whose queue is full gets it with its next snapshot.
+                let _ = self.handle.commands.try_send(Down::Instance(command));
+            }
+            Err(error) => {
+                tracing::warn!(host = self.host, instance = report.instance_id, %error, "a report could not be worked in")
+            }
+        }
+    }
+
+    async fn take_all(&mut self, report: v1::FullReport) {
+        if report.instances.len() > MAX_INSTANCES {
+            tracing::warn!(
+                host = self.host,
+                count = report.instances.len(),
+                "a full report is too long; it is ignored"
+            );
+            return;
+        }
+        let there: std::collections::HashSet<String> =
+            report.instances.iter().map(|report| report.instance_id.clone()).collect();
+        futures::stream::iter(report.instances).for_each_concurrent(PARALLEL_REPORTS, |report| self.take(report)).await;
+        // Later full reports cross with desired state on its way down; only the first one can tell what was lost.
+        let Some(ready) = self.ready.take() else { return };
+        let missing: Vec<String> = {
+            let tables = self.core.tables();
+            let placed = tables.instances_on.get(&self.host).into_iter().flatten();
+            let evicted = tables.evictions.get(&self.host).into_iter().flat_map(|of_host| of_host.keys());
+            placed.chain(evicted).filter(|id| !there.contains(*id)).cloned().collect()
+        };
+        for id in missing {
+            if let Err(error) = reports::apply_missing(&self.core, self.origin(), &id).await {
+                tracing::warn!(host = self.host, instance = id, %error, "a loss could not be worked in");
+            }
+        }
+        // The sending half may have given up waiting.
+        let _ = ready.send(());
+    }
+}

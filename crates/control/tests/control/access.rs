@@ -1,0 +1,201 @@
+//! Who may call what.
+
+use std::os::unix::fs::PermissionsExt;
+
+use hearth_proto::v1;
+use rcgen::{CertificateParams, KeyPair, SanType};
+use tonic::Code;
+use tonic::transport::Identity;
+use v1::agent_service_client::AgentServiceClient;
+
+use crate::agent::{FakeAgent, enroll};
+use crate::cloud::{Cloud, User, config, reason, request};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_valid_tokens_get_in_and_operators_alone_see_hosts() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let path = dir.path().join("admin.json");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let channel = cloud.channel().await;
+    let token = cloud.credentials.token.clone();
+    let wrong = [
+        None,
+        Some(String::new()),
+        Some("Bearer ".to_owned()),
+        Some(token.clone()),
+        Some(format!("Basic {token}")),
+        Some(format!("Bearer {token}x")),
+        Some(format!("Bearer {}", &token[..token.len() - 1])),
+        Some(format!("Bearer hearth_{}", "A".repeat(43))),
+        Some(format!("Bearer hearth_{}", "A".repeat(4000))),
+    ];
+    for authorization in wrong {
+        let mut user = User::new(channel.clone(), authorization.clone());
+        let error = user.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap_err();
+        assert_eq!(
+            (error.code(), reason(&error).as_str()),
+            (Code::Unauthenticated, "AuthFailure"),
+            "{authorization:?}"
+        );
+    }
+    let mut admin = cloud.user().await;
+    let create = v1::CreateAccountRequest { name: "team".into(), is_operator: false };
+    let made = admin.accounts.create_account(create.clone()).await.unwrap().into_inner();
+    assert_eq!(reason(&admin.accounts.create_account(create.clone()).await.unwrap_err()), "AccountAlreadyExists");
+    let mut team = cloud.user_with(&made.token).await;
+    let who = team.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap().into_inner();
+    assert_eq!(who.account, made.account);
+    for error in [
+        team.hosts.list_hosts(v1::ListHostsRequest::default()).await.unwrap_err(),
+        team.hosts.create_join_token(v1::CreateJoinTokenRequest::default()).await.unwrap_err(),
+        team.accounts.create_account(create).await.unwrap_err(),
+    ] {
+        assert_eq!((error.code(), reason(&error).as_str()), (Code::PermissionDenied, "UnauthorizedOperation"));
+    }
+    // Secrets themselves are nowhere in the state folder.
+    drop(team);
+    let database = std::fs::read(dir.path().join("hearth.db")).unwrap();
+    let log = std::fs::read(dir.path().join("hearth.db-wal")).unwrap_or_default();
+    for secret in [&token, &made.token] {
+        let found = |bytes: &[u8]| bytes.windows(secret.len()).any(|part| part == secret.as_bytes());
+        assert!(!found(&database) && !found(&log));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accounts_do_not_see_each_other_but_use_the_operators_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let (_agent, _session) = FakeAgent::connected(&cloud, "host-a").await;
+    let mut admin = cloud.user().await;
+    let create = v1::CreateAccountRequest { name: "team".into(), is_operator: false };
+    let token = admin.accounts.create_account(create).await.unwrap().into_inner().token;
+    let mut team = cloud.user_with(&token).await;
+    let shared = admin.import("debian").await;
+    let private = team.import("debian").await;
+    let id = admin.run(request(&shared, "t3.nano")).await.unwrap().instances[0].instance_id.clone();
+    let own = team.run(request(&shared, "t3.nano")).await.unwrap().instances[0].instance_id.clone();
+    assert_eq!(team.list().await.len(), 1);
+    assert_eq!(reason(&team.terminate(&id).await.unwrap_err()), "InvalidInstanceID.NotFound");
+    let both = v1::StopInstancesRequest { instance_ids: vec![own.clone(), id.clone()], force: false };
+    let error = team.instances.stop_instances(both).await.unwrap_err();
+    assert!(error.message().contains(&id) && !error.message().contains(&own), "{}", error.message());
+    let error = admin.run(request(&private, "t3.nano")).await.unwrap_err();
+    assert_eq!(reason(&error), "InvalidAMIID.NotFound");
+    let deregister = v1::DeregisterImageRequest { image_id: shared.image_id };
+    assert_eq!(reason(&team.images.deregister_image(deregister).await.unwrap_err()), "UnauthorizedOperation");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn join_tokens_work_once_and_only_for_their_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let token = cloud.join_token().await;
+    let garbage = ["".to_owned(), "hearth-join-1.x.y".to_owned(), {
+        let mut forged = token.clone();
+        forged.secret[0] ^= 1;
+        forged.reveal()
+    }];
+    for text in garbage {
+        assert_eq!(enroll(&cloud, &text, "h").await.unwrap_err().code(), Code::Unauthenticated);
+    }
+    let mut elsewhere = token.clone();
+    elsewhere.ca_sha256[0] ^= 1;
+    assert!(enroll(&cloud, &elsewhere.reveal(), "h").await.unwrap_err().message().contains("another cluster"));
+    // A bad request does not use the token up.
+    let mut client = AgentServiceClient::new(cloud.channel().await);
+    let bad = v1::EnrollRequest {
+        token: token.reveal(),
+        certificate_request: vec![1, 2, 3].into(),
+        host_name: "host".into(),
+    };
+    assert_eq!(client.enroll(bad).await.unwrap_err().code(), Code::InvalidArgument);
+    // Of many that try at once with one token, one gets in.
+    let text = token.reveal();
+    let tries = futures::future::join_all((0..8).map(|_| enroll(&cloud, &text, "host"))).await;
+    assert_eq!(tries.iter().filter(|joined| joined.is_ok()).count(), 1);
+    // A second host of the same name gets a name of its own.
+    let (second, _) = enroll(&cloud, &cloud.join_token().await.reveal(), "host").await.unwrap();
+    let mut user = cloud.user().await;
+    assert_eq!(user.host(&second).await.name, "host-2");
+    let error = user.hosts.create_join_token(v1::CreateJoinTokenRequest { ttl_seconds: 86401 }).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn expired_join_tokens_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user().await;
+    let made = user.hosts.create_join_token(v1::CreateJoinTokenRequest { ttl_seconds: 1 }).await.unwrap().into_inner();
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    assert_eq!(enroll(&cloud, &made.token, "h").await.unwrap_err().code(), Code::Unauthenticated);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_need_a_certificate_of_this_cluster_and_of_a_host_that_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let fetch = || v1::FetchImageRequest { image_id: "ami-00000000000000000".into(), offset: 0 };
+    let mut without = AgentServiceClient::new(cloud.channel().await);
+    assert_eq!(without.fetch_image(fetch()).await.unwrap_err().code(), Code::Unauthenticated);
+    // A user's token is no way into the agents' service either.
+    let mut request = tonic::Request::new(fetch());
+    let bearer = format!("Bearer {}", cloud.credentials.token).parse().unwrap();
+    request.metadata_mut().insert("authorization", bearer);
+    assert_eq!(without.fetch_image(request).await.unwrap_err().code(), Code::Unauthenticated);
+
+    let agent = FakeAgent::join(&cloud, "host-a").await;
+    // The right names, signed by somebody else.
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    let uri = format!("spiffe://{}/agent/{}", "0".repeat(16), agent.host_id);
+    params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+    let foreign = params.self_signed(&key).unwrap();
+    let identity = Identity::from_pem(foreign.pem(), key.serialize_pem());
+    let refused = match cloud.endpoint(cloud.tls().identity(identity)).connect().await {
+        Err(_) => true,
+        Ok(channel) => {
+            AgentServiceClient::new(channel).fetch_image(fetch()).await.is_err_and(|e| e.code() != Code::NotFound)
+        }
+    };
+    assert!(refused, "a foreign certificate gets in");
+    let mut good = agent.client(&cloud).await;
+    assert_eq!(good.fetch_image(fetch()).await.unwrap_err().code(), Code::NotFound);
+
+    // Its certificate does not make it another host.
+    let mut liar = agent.clone();
+    liar.hello.host_id = "h-00000000000000000".into();
+    let error = liar.connect(&cloud).await.err().unwrap();
+    assert_eq!(error.code(), Code::PermissionDenied);
+
+    let session = agent.connect(&cloud).await.unwrap();
+    let mut user = cloud.user().await;
+    let remove = v1::RemoveHostRequest { host: "host-a".into(), force: false };
+    user.hosts.remove_host(remove).await.unwrap();
+    assert_eq!(session.ended().await.code(), Code::Unavailable);
+    assert_eq!(good.fetch_image(fetch()).await.unwrap_err().code(), Code::PermissionDenied);
+    let error = user.hosts.get_host(v1::GetHostRequest { host: "host-a".into() }).await.unwrap_err();
+    assert_eq!(reason(&error), "InvalidHostID.NotFound");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_survive_restarts_and_are_made_anew_when_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let first = cloud.credentials.clone();
+    cloud.stop().await.unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    assert_eq!((&cloud.credentials.token, &cloud.credentials.ca_certificate), (&first.token, &first.ca_certificate));
+    cloud.stop().await.unwrap();
+    std::fs::remove_file(dir.path().join("admin.json")).unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    assert_ne!(cloud.credentials.token, first.token);
+    let mut user = cloud.user().await;
+    user.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap();
+    cloud.stop().await.unwrap();
+    let mut other = config(dir.path());
+    other.region = "elsewhere-1".into();
+    assert!(hearth_control::Control::start(other).await.err().unwrap().to_string().contains("region"));
+}

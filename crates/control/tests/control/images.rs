@@ -1,0 +1,137 @@
+//! Images from upload to deletion.
+
+use hearth_proto::v1;
+use sha2::{Digest, Sha256};
+use tonic::Code;
+use v1::fetch_image_response::Content;
+use v1::import_image_request::Message;
+
+use crate::agent::FakeAgent;
+use crate::cloud::{Cloud, disk_bytes, header, reason, request};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_arrives_whole_and_goes_when_its_last_instance_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let (agent, _session) = FakeAgent::connected(&cloud, "host-a").await;
+    let mut user = cloud.user().await;
+    let image = user.import("debian").await;
+    assert_eq!(image.size_bytes, 1 << 20);
+    assert_eq!(image.sha256, hex::encode(Sha256::digest(disk_bytes())));
+    let file = dir.path().join(format!("images/{}.raw", image.image_id));
+    assert_eq!(std::fs::read(&file).unwrap(), disk_bytes());
+    assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
+
+    let mut client = agent.client(&cloud).await;
+    for offset in [0u64, 4096, 1 << 20] {
+        let fetch = v1::FetchImageRequest { image_id: image.image_id.clone(), offset };
+        let mut stream = client.fetch_image(fetch).await.unwrap().into_inner();
+        let mut got = Vec::new();
+        while let Some(piece) = stream.message().await.unwrap() {
+            assert_eq!(piece.offset, offset + got.len() as u64);
+            match piece.content.unwrap() {
+                Content::Data(data) => got.extend_from_slice(&data),
+                Content::Zeros(zeros) => got.resize(got.len() + zeros as usize, 0),
+            }
+        }
+        assert_eq!(got, disk_bytes()[offset as usize..]);
+    }
+    let fetch = v1::FetchImageRequest { image_id: image.image_id.clone(), offset: (1 << 20) + 1 };
+    let mut stream = client.fetch_image(fetch).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap_err().code(), Code::InvalidArgument);
+
+    let id = user.run(request(&image, "t3.nano")).await.unwrap().instances[0].instance_id.clone();
+    let deregister = v1::DeregisterImageRequest { image_id: image.image_id.clone() };
+    user.images.deregister_image(deregister.clone()).await.unwrap();
+    assert_eq!(reason(&user.images.deregister_image(deregister).await.unwrap_err()), "InvalidAMIID.NotFound");
+    assert_eq!(reason(&user.run(request(&image, "t3.nano")).await.unwrap_err()), "InvalidAMIID.NotFound");
+    assert!(file.exists(), "the instance may still need it");
+    user.import("debian").await;
+    user.terminate(&id).await.unwrap();
+    user.wait_state(&id, v1::InstanceState::Terminated).await;
+    let gone = tokio::time::timeout(crate::cloud::PATIENCE, async {
+        while file.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    });
+    gone.await.expect("the file goes with its last instance");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_files_fail_with_a_reason_and_free_their_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user().await;
+    let garbage = b"QFI\xfb and then nothing of use".to_vec();
+    let wrong = v1::ImportImageHeader { format: "qcow2".into(), ..header("debian", garbage.len() as u64) };
+    let image = user.import_bytes(wrong, vec![garbage]).await.unwrap();
+    assert_eq!(image.state(), v1::ImageState::Failed);
+    assert!(!image.state_reason.unwrap().message.is_empty());
+    let mut launch = v1::RunInstancesRequest::default();
+    launch.image_id.clone_from(&image.image_id);
+    launch.instance_type = "t3.nano".into();
+    assert_eq!(reason(&user.run(launch).await.unwrap_err()), "InvalidAMIID.Unavailable");
+    let good = user.import("debian").await;
+    user.images.deregister_image(v1::DeregisterImageRequest { image_id: image.image_id }).await.unwrap();
+    assert_eq!(
+        user.import_bytes(header("debian", 3), vec![vec![1, 2, 3]]).await.unwrap_err().code(),
+        Code::AlreadyExists
+    );
+    let listed = user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images;
+    assert_eq!(listed.iter().map(|i| &i.image_id).collect::<Vec<_>>(), [&good.image_id]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_break_off_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user().await;
+    let disk = disk_bytes();
+    let size = disk.len() as u64;
+    let with_token = v1::ImportImageHeader { client_token: "once".into(), ..header("debian", size) };
+    // Too short, too long, a second header, no header, no size.
+    let error = user.import_bytes(with_token.clone(), vec![disk[..1000].to_vec()]).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::Aborted, "UploadAborted"));
+    let error = user.import_bytes(with_token.clone(), vec![disk.clone(), vec![0]]).await;
+    assert!(error.is_ok(), "what follows the announced bytes is not read");
+    let error = user.import_bytes(header("other", 10), vec![vec![0; 11]]).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    let error = user.import_bytes(header("other", 0), vec![]).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    let chunk = v1::ImportImageRequest { message: Some(Message::Chunk(vec![1].into())) };
+    let error = user.images.import_image(tokio_stream::iter([chunk])).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    // The token of the one that worked answers with it; other parameters are an error.
+    let again = user.import_bytes(with_token.clone(), vec![]).await.unwrap();
+    assert_eq!(again.state(), v1::ImageState::Available);
+    let other = v1::ImportImageHeader { description: "x".into(), ..with_token };
+    assert_eq!(reason(&user.import_bytes(other, vec![]).await.unwrap_err()), "IdempotentParameterMismatch");
+    assert_eq!(user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images.len(), 1);
+    assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zeros_travel_as_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user().await;
+    let disk = disk_bytes();
+    let size = 64 << 20;
+    let messages = [
+        Message::Header(header("sparse", size)),
+        Message::Chunk(disk.clone().into()),
+        Message::Zeros(size - disk.len() as u64),
+    ];
+    let messages = messages.map(|message| v1::ImportImageRequest { message: Some(message) });
+    let mut stream = user.images.import_image(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let mut image = None;
+    while let Some(answer) = stream.message().await.unwrap() {
+        image = answer.image.or(image);
+    }
+    let image = image.unwrap();
+    assert_eq!(image.size_bytes, size);
+    let file = dir.path().join(format!("images/{}.raw", image.image_id));
+    let metadata = std::fs::metadata(&file).unwrap();
+    assert!(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512 < 8 << 20, "the raw disk is sparse");
+}

@@ -1,0 +1,14 @@
+//! A control plane in this process, users and fake agents over real TLS on loopback.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, missing_docs)]
+
+mod agent;
+mod cloud;
+
+mod access;
+// mod agents;
+// mod crash;
+// mod hostile;
+mod images;
+mod life;
+// mod lists;
+// mod placement;
