@@ -115,13 +115,17 @@ fn a_bz_image_gets_its_zero_page() {
     assert!(start + 100 <= 0x8000_0000, "initrd_addr_max");
     assert_eq!((size, byte(&memory, start)), (100, 9));
     assert_eq!(byte(&memory, ZERO_PAGE + 0x1e8), 5);
-    assert_eq!((word(&memory, layout::SETUP_DATA + 8) as u32, word(&memory, ZERO_PAGE + 0x250)), (9, layout::SETUP_DATA));
+    assert_eq!(
+        (word(&memory, layout::SETUP_DATA + 8) as u32, word(&memory, ZERO_PAGE + 0x250)),
+        (9, layout::SETUP_DATA)
+    );
 }
 
 #[test]
 fn wrong_inputs_are_named() {
     let memory = Memory::new(128).unwrap();
-    let refused = |kernel: &[u8], initrd: Option<&[u8]>| boot(&memory, kernel, initrd, Placement::Copy).unwrap_err().to_string();
+    let refused =
+        |kernel: &[u8], initrd: Option<&[u8]>| boot(&memory, kernel, initrd, Placement::Copy).unwrap_err().to_string();
     assert!(refused(&[], None).contains("cannot read the kernel"));
     assert!(refused(&[0; 8192], None).contains("neither"));
     assert!(refused(b"MZ not a kernel", None).contains("neither"));
@@ -143,7 +147,13 @@ fn wrong_inputs_are_named() {
     big.set_len(200 << 20).unwrap();
     let kernel = file(&elf(0x1000, 0));
     let placement = Placement::Copy;
-    let images = Images { kernel: &kernel, initrd: Some(&big), cmdline: "", kernel_placement: placement, initrd_placement: placement };
+    let images = Images {
+        kernel: &kernel,
+        initrd: Some(&big),
+        cmdline: "",
+        kernel_placement: placement,
+        initrd_placement: placement,
+    };
     assert!(matches!(load(&memory, &images, 0), Err(BootError::TooBig { what: "initrd", .. })));
     let long = "x".repeat(COMMAND_LINE_MAX + 1);
     for cmdline in [long.as_str(), "a\0b"] {

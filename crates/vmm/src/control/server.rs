@@ -224,9 +224,10 @@ impl Server {
     }
 
     fn serve_packet(&mut self, packet: Packet) -> Turn {
-        let request: Request = match postcard::from_bytes(&packet.bytes) {
-            Ok(request) => request,
-            Err(e) => {
+        let request: Request = match postcard::take_from_bytes(&packet.bytes) {
+            Ok((request, [])) => request,
+            other => {
+                let e = other.err().map_or_else(|| "it has more bytes than it needs".to_owned(), |e| e.to_string());
                 log(&format!(
                     "control connection dropped: a message of {} bytes is not understood: {e}",
                     packet.bytes.len()
@@ -405,3 +406,7 @@ pub fn inherited_listener(fd: RawFd) -> io::Result<OwnedFd> {
     let listening = getsockopt(&BorrowedFd::from(owned.as_fd()), sockopt::AcceptConn)?;
     if listening { Ok(owned) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a listening socket")) }
 }
+
+#[cfg(test)]
+#[path = "server_test.rs"]
+mod tests;
