@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use super::{next, put};
-use crate::{EventKind, RangeRequest, Revision, Store, Txn, TxnOutcome, list};
+use crate::{Compare, EventKind, RangeRequest, Revision, Store, Txn, TxnOutcome, list};
 
 const CLIENTS: usize = 16;
 const ROUNDS: usize = 25;
@@ -175,4 +175,64 @@ pub async fn transfers_keep_the_sum(store: Arc<dyn Store>) {
         let page = store.range(RangeRequest::prefix("/account/").at(revision)).await.unwrap();
         assert_eq!(sum(&page.kvs), 100 * ACCOUNTS as i64, "at revision {revision}");
     }
+}
+
+/// Many clients run transactions on a few keys, most of which conflict. Each answer names the
+/// revision at which it was decided; there it must be true. As revisions order all transactions and
+/// (see [`reads_never_go_back`]) follow real time, the history is strictly serializable.
+pub async fn every_outcome_is_true_at_its_revision(store: Arc<dyn Store>) {
+    const KEYS: usize = 3;
+    let start = store.revision().await.unwrap();
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|client| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                let mut done = Vec::new();
+                for round in 0..ROUNDS {
+                    let key = |offset: usize| format!("/k/{}", (client + round * 7 + offset) % KEYS);
+                    let seen = store.get(&key(0)).await.unwrap();
+                    let floor = store.revision().await.unwrap();
+                    let txn = Txn::new().compare_mod_revision(key(0), seen.as_ref().map_or(0, |kv| kv.mod_revision));
+                    let txn = match (client + round) % 4 {
+                        0 => txn.compare_absent(key(1)).put(key(1), client.to_string()),
+                        1 => txn.compare_exists(key(1)).delete(key(1)).put(key(2), client.to_string()),
+                        2 => txn.put(key(0), client.to_string()).put(key(1), round.to_string()),
+                        _ => txn.compare_exists(key(2)),
+                    };
+                    let outcome = store.txn(txn.clone()).await.unwrap();
+                    assert!(outcome.revision() >= floor);
+                    done.push((txn, outcome));
+                }
+                done
+            })
+        })
+        .collect();
+    let mut history = Vec::new();
+    for client in clients {
+        history.extend(client.await.unwrap());
+    }
+    let (mut committed, mut conflicts) = (0, 0);
+    for (txn, outcome) in &history {
+        let decided_at = match outcome {
+            // A transaction that changes nothing is decided at the revision it names.
+            TxnOutcome::Committed { revision } if txn.ops.is_empty() => *revision,
+            TxnOutcome::Committed { revision } => revision - 1,
+            TxnOutcome::Conflict { revision, .. } => *revision,
+        };
+        assert!(decided_at >= start);
+        let state = store.range(RangeRequest::prefix("/k/").at(decided_at)).await.unwrap().kvs;
+        let holds = |compare: &Compare| compare.holds(state.iter().find(|kv| kv.key == compare.key()));
+        let first_failure = txn.compares.iter().position(|compare| !holds(compare));
+        match outcome {
+            TxnOutcome::Committed { .. } => {
+                assert_eq!(first_failure, None, "{txn:?} {outcome:?} on {state:?}");
+                committed += 1;
+            }
+            TxnOutcome::Conflict { index, .. } => {
+                assert_eq!(first_failure, Some(*index), "{txn:?} {outcome:?} on {state:?}");
+                conflicts += 1;
+            }
+        }
+    }
+    assert!(committed > 0 && conflicts > 0, "{committed} committed, {conflicts} conflicts");
 }

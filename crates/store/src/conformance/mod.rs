@@ -46,7 +46,8 @@ macro_rules! conformance_tests {
                 a_restarted_candidate_deposes_its_earlier_life, an_overtaken_leader_cannot_write,
                 hold_ends_when_the_lease_is_gone, candidates_take_turns;
             concurrency: increments_are_never_lost, an_observer_sees_every_revision_in_order,
-                reads_never_go_back, transfers_keep_the_sum;
+                reads_never_go_back, transfers_keep_the_sum,
+                every_outcome_is_true_at_its_revision;
         }
     };
     (@cases $store:expr; $($group:ident: $($case:ident),+;)+) => { $($(

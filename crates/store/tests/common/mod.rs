@@ -32,7 +32,21 @@ pub struct Process {
 impl Process {
     /// Runs the test called `test` of this binary as a child on `store`.
     pub fn start(test: &str, store: &Path) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::run(Command::new(std::env::current_exe().unwrap()), test, store)
+    }
+
+    /// The same, with the store on a file system of its own of `bytes`, mounted at `mount` for the
+    /// child alone. Needs `unshare` and user namespaces.
+    pub fn start_on_small_disk(test: &str, mount: &Path, bytes: u64) -> Self {
+        let script = format!("mount -t tmpfs -o size={bytes} none \"$0\" && exec \"$@\"");
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", &script]).arg(mount);
+        command.arg(std::env::current_exe().unwrap());
+        Self::run(command, test, &mount.join("store.db"))
+    }
+
+    fn run(mut command: Command, test: &str, store: &Path) -> Self {
+        let mut child = command
             .args(["--exact", test, "--nocapture", "--test-threads=1"])
             .env(STORE, store)
             .stdin(Stdio::null())
