@@ -129,6 +129,8 @@ impl IoDevice {
             self.complaints += 1;
             let _ = writeln!(std::io::stderr(), "{}: the guest's driver must reset it: {error}", self.name);
         }
+        // The error may have come between taking requests and sending them; run once more for those.
+        self.runnable = self.state == State::Active && self.in_flight() > 0;
         self.state = State::Broken;
         self.stop_queues();
         self.shared.needs_reset();

@@ -376,9 +376,12 @@ impl Guest {
 
     /// After everything: each device comes back by a reset and works.
     fn recover(&mut self) {
+        // First out of each other's way: the guest may have put one BAR over another.
+        for slot in 1..=DEVICES {
+            self.machine.config_write(slot, 4, &[0, 4]);
+        }
         for slot in 1..=DEVICES {
             let driver = &self.drivers[slot - 1];
-            self.machine.config_write(slot, 4, &[0, 4]);
             self.machine.config_write(slot, 0x10, &(driver.bar as u32).to_le_bytes());
             self.machine.config_write(slot, 0x14, &((driver.bar >> 32) as u32).to_le_bytes());
             self.machine.config_write(slot, 4, &[6, 4]);

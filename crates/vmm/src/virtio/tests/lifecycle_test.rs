@@ -204,3 +204,20 @@ fn a_broken_ring_breaks_only_its_device() {
     assert!(others[0].take_used(&machine).is_some());
     assert_eq!(healthy.status(&machine) & NEEDS_RESET, 0);
 }
+
+#[test]
+fn requests_taken_just_before_a_queue_breaks_are_still_finished() {
+    let file = super::block_test::disk_file(64);
+    let disk = crate::virtio::Disk { serial: "vol1".into(), file, read_only: false, queues: 2 };
+    let mut machine = Machine::new(|builder| builder.add_disk(disk).unwrap());
+    let (driver, mut queues) = Driver::start(&mut machine, 1, u64::MAX, 16);
+    let (head, status) = (machine.allocate(16), machine.allocate(1));
+    machine.fill(head, &header(4, 0));
+    queues[0].add(&machine, &[(head, 16)], &[(status, 1)]);
+    queues[1].add(&machine, &[(head, 16)], &[(MEMORY, 1)]);
+    queues[0].kick(&machine);
+    queues[1].kick(&machine);
+    machine.turn();
+    assert_ne!(driver.status(&machine) & NEEDS_RESET, 0);
+    driver.reset(&mut machine);
+}

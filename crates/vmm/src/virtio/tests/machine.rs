@@ -142,7 +142,7 @@ impl Machine {
 
     /// Turns the I/O loop, sleeping for its events, until `done`.
     pub fn turn_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
-        for _ in 0..1000 {
+        for _ in 0..200 {
             if done(self) {
                 return;
             }
