@@ -189,11 +189,15 @@ impl BlockBackend {
         io.drain(&mut |completion| completions.push(completion))?;
         let mut done = std::mem::take(&mut self.completions);
         let any = !done.is_empty();
+        // All of them, whatever one runs into: a request that is never counted as done would hold up a reset for ever.
+        let mut result = Ok(any);
         for completion in done.drain(..) {
-            self.complete(completion)?;
+            if let Err(error) = self.complete(completion) {
+                result = Err(error);
+            }
         }
         self.completions = done;
-        Ok(any)
+        result
     }
 
     fn complete(&mut self, completion: Completion) -> Result<(), Broken> {
