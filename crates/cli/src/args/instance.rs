@@ -26,7 +26,7 @@ Examples:
         after_help = "\
 Examples:
   hearth instance list
-  hearth instance list --filter state=running,pending --tag env=test
+  hearth instance list --filter instance-state-name=running,pending --tag env=test
   hearth instance list -o json"
     )]
     List {

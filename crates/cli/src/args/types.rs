@@ -22,7 +22,7 @@ pub struct Tag {
 
 /// `NAME=VALUE[,VALUE…]`; `\,` is a comma inside a value.
 pub fn parse_filter(text: &str) -> Result<Filter, String> {
-    let (name, values) = text.split_once('=').ok_or("write it as NAME=VALUE, e.g. state=running")?;
+    let (name, values) = text.split_once('=').ok_or("write it as NAME=VALUE, e.g. instance-state-name=running")?;
     if name.is_empty() {
         return Err("the name before '=' is missing".to_owned());
     }

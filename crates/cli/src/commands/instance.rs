@@ -29,8 +29,7 @@ pub async fn run(context: &Context, command: InstanceCommand) -> Result<(), CliE
         InstanceCommand::List { instances, all, list } => {
             let ids = lookup::instances(client, &instances).await?;
             let mut wanted = filters(list.filters.iter().chain(&list.tags));
-            let says_state =
-                wanted.iter().any(|filter| filter.name.starts_with("instance-state") || filter.name == "state");
+            let says_state = wanted.iter().any(|filter| filter.name.starts_with("instance-state"));
             if ids.is_empty() && !all && !says_state && context.for_people() {
                 wanted.push(alive_filter());
             }
