@@ -47,11 +47,12 @@ TABLE
         -O '^orphan_file,^metadata_csum_seed' -d "$tree" \
         -E "offset=$PARTITION_START,hash_seed=$filesystem,root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0" \
         "$out" "$((mib * 1024 - 2048))k" 2>&1 | { grep -vi 'contains a gpt partition table' || true; } >&2
-    # mke2fs copies the change times of the tree's files, which nobody can set; and the owner, if not root.
+    # mke2fs copies the change times of the tree's files, which nobody can set, and access times, which
+    # reading has changed; and the owner, if not root.
     find "$tree" -mindepth 1 -printf '/%P\n' | LC_ALL=C sort | while IFS= read -r path; do
         path=${path//\"/\"\"}
-        printf 'set_inode_field "%s" ctime @%s\n' "$path" "$epoch"
-        printf 'set_inode_field "%s" ctime_extra 0\n' "$path"
+        printf 'set_inode_field "%s" %s\n' "$path" "ctime @$epoch" "$path" "ctime_extra 0" \
+            "$path" "atime @$epoch" "$path" "atime_extra 0"
         ((EUID == 0)) || printf 'set_inode_field "%s" %s 0\n' "$path" uid "$path" gid
     done >"$out.debugfs"
     E2FSPROGS_FAKE_TIME=$epoch debugfs -w -f "$out.debugfs" "$out?offset=$PARTITION_START" >"$out.log" 2>&1
