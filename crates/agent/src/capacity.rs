@@ -60,13 +60,25 @@ fn cpu_model() -> String {
 
 /// One round is a multiplication and three shift-and-xor steps that each need the result before (xorshift64*): about eleven
 /// cycles of latency on any x86-64 core since 2007, so that 10^8 rounds/s are what a core of 1.0-1.2 GHz did then. Newer cores are
-/// faster by their clock and by shorter latencies, not by their width, which guests do not get in full either.
+/// faster by their clock and by shorter latencies, not by their width, which guests do not get in full either. In assembly, so
+/// that no compiler setting changes what an ECU is.
 fn rounds(mut state: u64, count: u64) -> u64 {
-    for _ in 0..count {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        state = state.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
+    // SAFETY: only the named registers and the flags change; no memory is touched. `count` is never 0.
+    unsafe {
+        std::arch::asm!(
+            "2:",
+            "mov {t}, {s}", "shr {t}, 12", "xor {s}, {t}",
+            "mov {t}, {s}", "shl {t}, 25", "xor {s}, {t}",
+            "mov {t}, {s}", "shr {t}, 27", "xor {s}, {t}",
+            "imul {s}, {m}",
+            "dec {n}",
+            "jnz 2b",
+            s = inout(reg) state,
+            t = out(reg) _,
+            m = in(reg) 0x2545_f491_4f6c_dd1d_u64,
+            n = inout(reg) count.max(1) => _,
+            options(nomem, nostack),
+        );
     }
     state
 }

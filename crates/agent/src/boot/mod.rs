@@ -29,4 +29,4 @@ pub const MAX_KERNEL_BYTES: u64 = 256 << 20;
 pub const MAX_INITRD_BYTES: u64 = 512 << 20;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -58,7 +58,7 @@ pub struct Host {
     pub mtu: u16,
     /// Where tests let the agent die.
     #[cfg(test)]
-    pub crash: tests::CrashPoint,
+    pub(crate) crash: tests::CrashPoint,
 }
 
 impl Host {
@@ -76,4 +76,4 @@ impl Host {
 #[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
-pub use tests::CrashPoint;
+pub(crate) use tests::CrashPoint;

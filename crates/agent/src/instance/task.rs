@@ -17,7 +17,7 @@ use crate::state::{Hold, InstanceRecord, Phase};
 /// How often a guest that has not answered yet is looked at.
 const LOOK_FOR_ANSWER: Duration = Duration::from_secs(1);
 /// How often the power button is pressed while a guest is to shut down: one that is still booting misses the first.
-const PRESS_AGAIN: Duration = Duration::from_secs(10);
+const PRESS_AGAIN: Duration = Duration::from_secs(3);
 /// Failed starts in a row after which an instance is reported as failed.
 const MOST_START_FAILURES: u32 = 5;
 /// Longest pause between tries.
@@ -61,7 +61,7 @@ impl InstanceTask {
     /// A task for a record that is on disk.
     pub fn new(host: Arc<Host>, record: InstanceRecord, wishes: Wishes) -> Self {
         let spec = parse(&record.desired);
-        Self {
+        let task = Self {
             host,
             id: record.instance_id.clone(),
             record,
@@ -73,7 +73,10 @@ impl InstanceTask {
             start_failures: 0,
             responded: false,
             waiting_for: None,
-        }
+        };
+        // Until it has looked, the record's word counts: what a full report lacks counts as lost.
+        task.publish();
+        task
     }
 
     /// Works until the instance is gone (or the task is dropped, which leaves its VMM running).

@@ -122,11 +122,15 @@ impl Cgroups {
         fs::File::open(&folder).map_err(io_error("opening", &folder))
     }
 
-    /// Processes in an instance's cgroup.
+    /// Processes in an instance's cgroup. Threads that KVM runs in the kernel on the VMM's behalf are listed there too; they are
+    /// left out.
     pub fn processes(&self, id: &InstanceId) -> Result<Vec<i32>, CgroupError> {
         let path = self.path(id).join("cgroup.procs");
         match fs::read_to_string(&path) {
-            Ok(text) => Ok(text.lines().filter_map(|line| line.trim().parse().ok()).collect()),
+            Ok(text) => {
+                let pids = text.lines().filter_map(|line| line.trim().parse().ok());
+                Ok(pids.filter(|pid| !is_kernel_thread(*pid)).collect())
+            }
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => Ok(Vec::new()),
             Err(error) => Err(io_error("reading", &path)(error)),
         }
@@ -160,6 +164,14 @@ impl Cgroups {
         let entries = fs::read_dir(&self.root).map_err(io_error("reading", &self.root))?;
         Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
     }
+}
+
+/// PF_KTHREAD in the flags of /proc/PID/stat (proc(5); the name before them may hold anything, also blanks).
+fn is_kernel_thread(pid: i32) -> bool {
+    const PF_KTHREAD: u32 = 0x0020_0000;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)?.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & PF_KTHREAD != 0)
 }
 
 fn enable_controllers(folder: &Path) -> Result<(), CgroupError> {

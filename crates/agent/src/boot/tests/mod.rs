@@ -2,6 +2,6 @@
 
 mod damage;
 mod grub;
-pub(super) mod kernels;
+pub mod kernels;
 mod layouts;
-pub(super) mod support;
+pub mod support;

@@ -1,0 +1,7 @@
+//! Instances on a pretended host: VMMs that are entries of a table, real files.
+
+mod crash;
+mod life;
+mod world;
+
+pub use world::{CrashPoint, spec};
