@@ -318,3 +318,7 @@ fn cell_mut<'a>(cell_of: &[u32], cells: &'a mut [Cell], spot: Spot) -> Option<&'
     let number = *cell_of.get(spot.0 as usize)?;
     cells.get_mut((number as usize).checked_sub(1)?)
 }
+
+#[cfg(test)]
+#[path = "grid_test.rs"]
+mod tests;

@@ -328,3 +328,46 @@ fn take_one(counts: &mut NumberMap<u32>, key: u32) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_ends_with_its_last_member_and_its_number_is_used_again() {
+        let mut groups = Groups::default();
+        let place = Place::new(0, Some(3), 7);
+        for round in 0..100 {
+            let name: Arc<str> = format!("group-{round}").into();
+            let group = groups.find_or_make(GroupKind::Placement, &name);
+            let membership = Membership { group, partition: 1 };
+            groups.join(membership, 7, || place);
+            groups.join(membership, 7, || place);
+            groups.leave(membership, 7, || place);
+            assert!(groups.get(group).unwrap().hosts().contains(7), "one member is left");
+            assert_eq!(groups.find(GroupKind::Placement, &name), Some(group));
+            assert_eq!(groups.find(GroupKind::Plain, &name), None, "the kinds have names of their own");
+            groups.leave(membership, 7, || place);
+            assert_eq!(groups.find(GroupKind::Placement, &name), None);
+            let vacant = groups.get(group).unwrap();
+            assert!(vacant.hosts().is_empty() && !vacant.uses_domain(3));
+            assert_eq!((vacant.members_in_zone(0), vacant.members_in_partition(1)), (0, 0));
+        }
+        assert_eq!(groups.groups.len(), 1);
+    }
+
+    #[test]
+    fn a_rack_belongs_to_those_who_are_still_in_it() {
+        let mut groups = Groups::default();
+        let place = Place::new(0, Some(3), 7);
+        let group = groups.find_or_make(GroupKind::Placement, &"db".into());
+        let (first, stray) = (Membership { group, partition: 1 }, Membership { group, partition: 2 });
+        groups.join(first, 7, || place);
+        groups.join(stray, 8, || place);
+        assert!(!groups.get(group).unwrap().domain_is_for(3, 1..=1));
+        assert!(!groups.get(group).unwrap().domain_is_for(3, 2..=2));
+        groups.leave(first, 7, || place);
+        assert!(groups.get(group).unwrap().domain_is_for(3, 2..=2));
+        assert!(!groups.get(group).unwrap().domain_is_for(3, 1..=1));
+    }
+}

@@ -58,7 +58,9 @@ pub struct PlacementGroup {
 /// A wish for one place for one instance (or, with `place_many`, for several alike).
 ///
 /// Hard rules: resources, zone, host, labels, placement group, `affinity`, `anti_affinity`, `exclude_hosts`; a host that
-/// breaks any of them is never chosen. Wishes, in order of weight: `avoid_groups`, `prefer_image`, then the strategy.
+/// breaks any of them is never chosen. Wishes, in order of weight: `avoid_groups`, `prefer_image`, then the strategy. In
+/// a large cloud wishes are sought among the 256 hosts that suit the strategy best, and among all holders of an
+/// image that few hosts hold.
 #[derive(Clone, Debug)]
 pub struct Request<H> {
     /// What the instance takes.
