@@ -107,7 +107,7 @@ impl FakeAgent {
     pub async fn join(cloud: &Cloud, name: &str) -> Self {
         let token = cloud.join_token().await.reveal();
         let (host_id, identity) = enroll(cloud, &token, name).await.unwrap();
-        let capacity = v1::Resources { vcpus: 16, memory_mib: 32768, ecu_milli: 64000, instance_store_bytes: 1 << 40 };
+        let capacity = v1::Resources { vcpus: 64, memory_mib: 32768, ecu_milli: 64000, instance_store_bytes: 1 << 40 };
         let hello = v1::AgentHello {
             host_id: host_id.clone(),
             host_name: name.into(),

@@ -5,10 +5,10 @@ mod agent;
 mod cloud;
 
 mod access;
-// mod agents;
-// mod crash;
-// mod hostile;
+mod agents;
+mod crash;
+mod hostile;
 mod images;
 mod life;
-// mod lists;
-// mod placement;
+mod lists;
+mod placement;
