@@ -36,7 +36,7 @@ pub(super) fn write(source: &Path, target: &Path) -> Result<Revision> {
 
 /// Makes a store at `target` out of the backup `source`. `target` must not exist.
 ///
-/// The restored store's revision jumps far ahead, so that no revision, and no leader's term, that
+/// The restored store's revision jumps far ahead, so that no revision, leader's term or lease id that
 /// was given out after the backup is ever given out again: agents that saw such a term still obey
 /// the new leader. All history before it counts as compacted, so every watcher lists anew. Returns
 /// the new revision.
@@ -56,6 +56,14 @@ pub fn restore(source: &Path, target: &Path) -> Result<Revision> {
         let failed = |e: rusqlite::Error| schema::sql_error(partial, "cannot write to", &e);
         conn.execute("UPDATE meta SET value = ?1 WHERE name IN ('revision', 'compacted')", [revision])
             .map_err(failed)?;
+        // Lease ids are not given out twice either.
+        conn.execute_batch(&format!(
+            "CREATE TEMP TABLE last AS SELECT coalesce(max(seq), 0) AS seq FROM sqlite_sequence WHERE name = 'lease';
+             DELETE FROM sqlite_sequence WHERE name = 'lease';
+             INSERT INTO sqlite_sequence SELECT 'lease', seq + {RESTORE_JUMP} FROM last;
+             DROP TABLE last;"
+        ))
+        .map_err(failed)?;
         // Leaves one file without a write-ahead log beside it, to be renamed as a whole.
         conn.pragma_update(None, "journal_mode", "DELETE").map_err(failed)?;
         conn.close().map_err(|(_, e)| failed(e))?;

@@ -31,7 +31,18 @@ fn check_model(options: Options, steps: Vec<model::Step>) {
     }));
 }
 
+/// A number of histories that takes seconds; `PROPTEST_CASES` asks for more.
+fn histories() -> ProptestConfig {
+    let mut config = ProptestConfig::default();
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 80;
+    }
+    config
+}
+
 proptest! {
+    #![proptest_config(histories())]
+
     #[test]
     fn random_histories_match_the_model(steps in model::histories(60)) {
         check_model(Options::default(), steps);
@@ -76,8 +87,8 @@ async fn a_watcher_that_compaction_overtakes_is_told() {
 #[tokio::test]
 async fn callers_that_go_away_leave_no_trace_but_their_writes() {
     let store = Arc::new(SqliteStore::open_temporary().unwrap());
-    let value = vec![0_u8; 200_000];
-    for round in 0..400 {
+    let value = vec![0_u8; 20_000];
+    for round in 0..200 {
         let txn = Txn::new().put(format!("/a/{}", round % 7), value.clone()).put(format!("/b/{}", round % 7), "");
         // Polled once or for a moment, then dropped.
         let waited = Duration::from_micros(round % 3 * 100);
@@ -114,4 +125,17 @@ async fn more_than_the_queue_holds_waits_its_turn() {
     }
     revisions.sort_unstable();
     assert_eq!(revisions, (1..=56).collect::<Vec<_>>());
+}
+
+#[test]
+fn commits_are_synced_to_the_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.db");
+    schema::create(&path).unwrap();
+    let conn = schema::open_writer(&path, u64::MAX).unwrap();
+    let pragma =
+        |name: &str| conn.pragma_query_value(None, name, |row| row.get::<_, rusqlite::types::Value>(0)).unwrap();
+    // FULL: the log is synced by every commit (https://sqlite.org/pragma.html#pragma_synchronous).
+    assert_eq!(pragma("synchronous"), rusqlite::types::Value::Integer(2));
+    assert_eq!(pragma("journal_mode"), rusqlite::types::Value::Text("wal".into()));
 }
