@@ -119,7 +119,7 @@ pub fn capacity(config: &AgentConfig, calibration: &Calibration) -> io::Result<R
 
 fn disk_bytes(folder: &Path, reserved: Option<u64>) -> io::Result<u64> {
     let info = nix::sys::statvfs::statvfs(folder)?;
-    let total = u64::from(info.blocks()).saturating_mul(info.fragment_size());
+    let total = info.blocks().saturating_mul(info.fragment_size());
     Ok(total.saturating_sub(reserved.unwrap_or(total / 10)))
 }
 

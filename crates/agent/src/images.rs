@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -128,13 +129,15 @@ impl Images {
     /// The raw disk of an image, after fetching it if need be. Dropping the future ends the fetching; the next one goes on where
     /// it stopped.
     pub async fn ensure(&self, wanted: &Wanted, progress: ImageProgress<'_>) -> Result<PathBuf, ImageError> {
-        if let Some(path) = self.local.as_ref().map(|folder| folder.join(format!("{}.raw", wanted.id))) {
-            if path.metadata().is_ok_and(|metadata| metadata.len() == wanted.bytes) {
-                return Ok(path);
-            }
+        let local = self.local.as_ref().map(|folder| folder.join(format!("{}.raw", wanted.id)));
+        let whole = |path: &PathBuf| path.metadata().is_ok_and(|metadata| metadata.len() == wanted.bytes);
+        if let Some(path) = local.filter(whole) {
+            return Ok(path);
         }
         let complete = self.layout.image(&wanted.id).join("disk.raw");
         if complete.exists() {
+            // When an image was last asked for, for `prune`; no harm if it cannot be set.
+            let _ = File::open(self.layout.image(&wanted.id)).and_then(|folder| folder.set_modified(SystemTime::now()));
             return Ok(complete);
         }
         let turn = self.fetching.lock().entry(wanted.id.clone()).or_default().clone();
@@ -197,15 +200,17 @@ impl Images {
         sync_dir(&folder).map_err(io_error("syncing", &folder))
     }
 
-    /// Deletes images that no instance in `used` was made from.
-    pub fn prune(&self, used: &[ImageId]) -> io::Result<()> {
+    /// Deletes images that no instance in `used` was made from and that were not asked for within `keep`.
+    pub fn prune(&self, used: &[ImageId], keep: Duration) -> io::Result<()> {
         let entries = match std::fs::read_dir(self.layout.images()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
         };
         for entry in entries.flatten() {
             let id: Option<ImageId> = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if id.is_some_and(|id| !used.contains(&id)) {
+            let recent = || entry.metadata()?.modified()?.elapsed().map_err(io::Error::other);
+            let old = recent().is_ok_and(|age| age >= keep);
+            if old && id.is_some_and(|id| !used.contains(&id)) {
                 std::fs::remove_dir_all(entry.path())?;
             }
         }

@@ -112,8 +112,9 @@ async fn unused_images_are_deleted() {
     let folder = tempfile::tempdir().unwrap();
     let (_, images, wanted) = set_up(folder.path(), disk(), vec![]);
     let path = images.ensure(&wanted, &|_, _| ()).await.unwrap();
-    images.prune(std::slice::from_ref(&wanted.id)).unwrap();
+    images.prune(std::slice::from_ref(&wanted.id), Duration::ZERO).unwrap();
+    images.prune(&[], Duration::from_secs(60)).unwrap();
     assert!(path.exists());
-    images.prune(&[]).unwrap();
+    images.prune(&[], Duration::ZERO).unwrap();
     assert!(!path.exists());
 }

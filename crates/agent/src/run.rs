@@ -31,6 +31,8 @@ use crate::volumes::RawVolumes;
 /// Pauses between two tries to reach the control plane.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+/// How long an image is kept that no instance uses.
+const KEEP_IMAGES: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A session this long clears the past.
 const GOOD_SESSION: Duration = Duration::from_secs(30);
 /// Longest sleep before the certificate is looked at again.
@@ -84,7 +86,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     });
     let supervisor = Supervisor::start(host.clone(), config.uid_count)?;
     sweep(&cgroups, launcher.as_ref(), &supervisor, &layout).await?;
-    host.images.prune(&supervisor.images()).map_err(AgentError::file("tidying", &layout.images()))?;
+    host.images.prune(&supervisor.images(), KEEP_IMAGES).map_err(AgentError::file("tidying", &layout.images()))?;
 
     let hello = announcement(&config, &identity, capacity, epoch.agent_epoch());
     let session = Session { supervisor, host, epoch, announcement: Announcement(hello), link };

@@ -71,7 +71,10 @@ impl Spec {
         if resources.memory_mib < MIN_MEMORY_MIB {
             return Err(format!("{} MiB of memory; at least {MIN_MEMORY_MIB} are needed", resources.memory_mib));
         }
-        if spec.image_bytes == 0 || spec.root_volume_bytes < spec.image_bytes || spec.root_volume_bytes % 512 != 0 {
+        if spec.image_bytes == 0
+            || spec.root_volume_bytes < spec.image_bytes
+            || !spec.root_volume_bytes.is_multiple_of(512)
+        {
             return Err(format!(
                 "root volume of {} bytes for an image of {}; it must be a multiple of 512 and not smaller",
                 spec.root_volume_bytes, spec.image_bytes
@@ -108,7 +111,7 @@ fn instance_store(disk: &v1::InstanceStoreDisk) -> Result<InstanceStore, String>
     if disk.serial.len() > MAX_SERIAL || !disk.serial.is_ascii() {
         return Err(format!("serial '{}' has more than {MAX_SERIAL} bytes or is not ASCII", disk.serial));
     }
-    if disk.size_bytes == 0 || disk.size_bytes % 512 != 0 {
+    if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
         return Err(format!("instance store '{}' of {} bytes", disk.virtual_name, disk.size_bytes));
     }
     Ok(InstanceStore { serial: disk.serial.clone(), bytes: disk.size_bytes })

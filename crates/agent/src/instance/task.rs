@@ -196,7 +196,8 @@ impl InstanceTask {
 
     /// After a start of the agent: looks what became of the VMM.
     async fn recover(&mut self) -> Result<(), String> {
-        match self.host.launcher.find(&self.id).await.map_err(|error| error.to_string())? {
+        let was_running = !matches!(self.record.phase, Phase::Starting | Phase::Stopped);
+        match self.host.launcher.find(&self.id, was_running).await.map_err(|error| error.to_string())? {
             Found::Running(vmm) => {
                 tracing::info!(instance = %self.id, "adopted the running VMM");
                 self.vmm = Some(vmm);
@@ -446,10 +447,10 @@ impl InstanceTask {
             }
             if Instant::now() >= press {
                 press = Instant::now() + PRESS_AGAIN;
-                if let Some(vmm) = &self.vmm {
-                    if let Err(error) = vmm.power_button().await {
-                        tracing::warn!(instance = %self.id, %error, "the power button cannot be pressed");
-                    }
+                if let Some(vmm) = &self.vmm
+                    && let Err(error) = vmm.power_button().await
+                {
+                    tracing::warn!(instance = %self.id, %error, "the power button cannot be pressed");
                 }
             }
             if let Woken::End(_) = self.wait(deadline.min(press)).await {

@@ -224,7 +224,7 @@ impl VmmLauncher for KvmLauncher {
         Ok(Box::new(KvmVmm { shared: self.shared.clone(), instance, process, lock }))
     }
 
-    async fn find(&self, instance: &InstanceId) -> Result<Found, LaunchError> {
+    async fn find(&self, instance: &InstanceId, was_running: bool) -> Result<Found, LaunchError> {
         let lock = self.shared.open_lock(instance)?;
         for pid in self.shared.cgroups.processes(instance)? {
             // Opened first and looked at again: a pidfd never turns into another process, a number may.
@@ -234,20 +234,23 @@ impl VmmLauncher for KvmLauncher {
             }
             let process = Process::new(pidfd).map_err(LaunchError::host("watching the VMM"))?;
             let (shared, id) = (self.shared.clone(), instance.clone());
-            let peer = blocking(move || shared.connect(&id).map(|(_, peer)| peer)).await;
-            match peer {
-                Ok(peer)
-                    if peer.instance_id == instance.as_str()
-                        && matches!(peer.state, MachineState::Running | MachineState::Paused) =>
-                {
-                    let shared = self.shared.clone();
-                    return Ok(Found::Running(Box::new(KvmVmm { shared, instance: instance.clone(), process, lock })));
-                }
+            let adopt = match blocking(move || shared.connect(&id).map(|(_, peer)| peer)).await {
                 Ok(peer) => {
-                    tracing::info!(%instance, pid, state = ?peer.state, "ending a VMM that was not running yet")
+                    tracing::debug!(%instance, pid, ?peer, "found a VMM");
+                    peer.instance_id == instance.as_str()
+                        && matches!(peer.state, MachineState::Running | MachineState::Paused)
                 }
-                Err(error) => tracing::warn!(%instance, pid, %error, "ending a VMM that cannot be reached"),
+                // Busy, or from an older release: a guest is not ended for that.
+                Err(error) => {
+                    tracing::warn!(%instance, pid, %error, was_running, "found a VMM that does not answer");
+                    was_running
+                }
+            };
+            if adopt {
+                let shared = self.shared.clone();
+                return Ok(Found::Running(Box::new(KvmVmm { shared, instance: instance.clone(), process, lock })));
             }
+            tracing::info!(%instance, pid, "ending a VMM whose guest was never started");
             process.kill();
             process.wait(&lock).await;
         }

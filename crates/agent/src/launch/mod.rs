@@ -150,8 +150,9 @@ pub trait Vmm: Send {
 pub trait VmmLauncher: Send + Sync {
     /// Starts a VMM and lets its guest run.
     async fn launch(&self, spec: LaunchSpec) -> Result<Box<dyn Vmm>, LaunchError>;
-    /// Looks for an instance's VMM. One that does not run its guest yet (the agent ended in between) is killed.
-    async fn find(&self, instance: &InstanceId) -> Result<Found, LaunchError>;
+    /// Looks for an instance's VMM. One that does not run its guest yet (the agent ended in between) is killed. One that does
+    /// not answer is taken for running if it `was_running` when last heard of, and killed otherwise.
+    async fn find(&self, instance: &InstanceId, was_running: bool) -> Result<Found, LaunchError>;
     /// Kills what may be left of an instance's VMM and removes its cgroup and sockets. Done again it does nothing.
     async fn clean_up(&self, instance: &InstanceId) -> Result<(), LaunchError>;
 }

@@ -93,3 +93,6 @@ impl Link {
         *self.client.lock() = client;
     }
 }
+
+#[cfg(test)]
+mod tests;

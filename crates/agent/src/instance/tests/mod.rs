@@ -2,6 +2,6 @@
 
 mod crash;
 mod life;
-mod world;
+pub(crate) mod world;
 
 pub use world::{CrashPoint, spec};

@@ -181,7 +181,7 @@ impl VmmLauncher for Launcher {
         Ok(self.world.handle(&id, end))
     }
 
-    async fn find(&self, instance: &InstanceId) -> Result<Found, LaunchError> {
+    async fn find(&self, instance: &InstanceId, _: bool) -> Result<Found, LaunchError> {
         let half = {
             let table = self.world.table.lock();
             match table.vmms.get(instance) {
