@@ -10,14 +10,20 @@ mod tree;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket};
-use tracing::warn;
+use tokio::sync::Semaphore;
+use tower::ServiceExt;
+use tracing::{debug, warn};
 
 use crate::NetError;
 use crate::config::HostNetworkConfig;
@@ -28,6 +34,13 @@ const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 const TOKEN_TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 /// Longest life of a token, seconds.
 const MAX_TOKEN_TTL: u32 = 21_600;
+/// Connections of all guests together; more wait.
+const MAX_CONNECTIONS: usize = 512;
+/// A request line with its headers.
+const MAX_HEAD_BYTES: usize = 16 * 1024;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// No client needs one connection for longer.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// EC2's default: an answer must not be forwarded by the guest to anyone else.
 const HOP_LIMIT: u32 = 1;
 
@@ -54,8 +67,32 @@ struct Service {
 pub(crate) async fn serve(listener: TcpListener, config: HostNetworkConfig, registry: Arc<Registry>) {
     let service = Arc::new(Service { registry, tokens: Tokens::default(), config });
     let router = Router::new().fallback(handle).with_state(service);
-    if let Err(error) = axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>()).await {
-        warn!(%error, "metadata service ended");
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut http = http1::Builder::new();
+    // Simple clients (nc) close their sending half right behind the request and still want the answer.
+    http.half_close(true).timer(TokioTimer::new()).header_read_timeout(REQUEST_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%error, "metadata service cannot accept");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let router = router.clone();
+        let answer = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(ConnectInfo(peer));
+            router.clone().oneshot(request.map(Body::new))
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), answer);
+        tokio::spawn(async move {
+            if let Ok(Err(error)) = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await {
+                debug!(%error, %peer, "metadata connection ended");
+            }
+            drop(slot);
+        });
     }
 }
 
