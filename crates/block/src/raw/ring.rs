@@ -15,6 +15,8 @@ use crate::{BlockError, Completion, IoError, Request, VolumeQueue};
 
 /// The volume's place in the ring's registered files.
 const VOLUME_FILE: Fixed = Fixed(0);
+/// Kernel worker threads per ring, of either kind.
+const WORKERS_MAX: u32 = 8;
 /// Refused submissions in a row (kernel out of memory) before the queue gives up.
 const MAX_SUBMIT_RETRIES: usize = 1000;
 
@@ -225,6 +227,9 @@ fn build(entries: u32, file: i32) -> io::Result<IoUring> {
     };
     let submitter = ring.submitter();
     submitter.register_files(&[file])?;
+    // Buffered writes go through kernel worker threads; unbounded, one busy disk could take a host's worth of them.
+    // Linux before 5.15 cannot bound them.
+    let _ = submitter.register_iowq_max_workers(&mut [WORKERS_MAX; 2]);
     let mut restrictions = [
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),

@@ -1,5 +1,7 @@
 //! A small virtio driver: finds a device by its PCI capabilities, negotiates, and works its queues.
 
+use std::sync::atomic::{Ordering, fence};
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::machine::{MSI_ADDRESS, Machine};
@@ -259,16 +261,18 @@ impl DriverQueue {
         let slot = self.available + 4 + u64::from(self.next_available % self.size) * 2;
         machine.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.next_available = self.next_available.wrapping_add(1);
-        machine.memory.write_obj(self.next_available, GuestAddress(self.available + 2)).unwrap();
+        machine.memory.store(self.next_available, GuestAddress(self.available + 2), Ordering::Release).unwrap();
     }
 
     fn load(&self, machine: &Machine, address: u64) -> u16 {
-        machine.memory.read_obj(GuestAddress(address)).unwrap()
+        machine.memory.load(GuestAddress(address), Ordering::Acquire).unwrap()
     }
 
     /// What a driver does before it notifies: true when the device asked for it.
     pub fn wants_kick(&mut self, machine: &Machine) -> bool {
         let old = std::mem::replace(&mut self.kicked, self.next_available);
+        // The device must see the new index before we look whether it sleeps (virtio 1.2, 2.7.13.4.1).
+        fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self.load(machine, self.used + 4 + u64::from(self.size) * 8);
             let passed = self.next_available.wrapping_sub(event).wrapping_sub(1);

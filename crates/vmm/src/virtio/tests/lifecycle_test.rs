@@ -110,7 +110,7 @@ fn pause_waits_for_what_is_in_flight_and_takes_nothing_new() {
     let mut setup = setup(1);
     setup.add_read(0);
     let (done, paused) = sync_channel(1);
-    setup.machine.io.commands().send(Command::Pause { done });
+    setup.machine.io.command(Command::Pause { done });
     setup.machine.turn();
     assert!(paused.try_recv().is_err());
     setup.add_read(0);
@@ -120,7 +120,7 @@ fn pause_waits_for_what_is_in_flight_and_takes_nothing_new() {
     assert_eq!(setup.held.waiting(), 0, "the second read was not taken");
     assert!(setup.queues[0].take_used(&setup.machine).is_some());
     let (done, resumed) = sync_channel(1);
-    setup.machine.io.commands().send(Command::Resume { done });
+    setup.machine.io.command(Command::Resume { done });
     setup.machine.turn();
     resumed.try_recv().unwrap();
     assert_eq!(setup.held.waiting(), 1);

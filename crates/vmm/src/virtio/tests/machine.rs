@@ -12,8 +12,8 @@ use crate::bus::BusDevice;
 use crate::interrupt::{IoEventRegistry, MsiSender};
 use crate::pci::PciLayout;
 use crate::virtio::device_set::Builder;
-use crate::virtio::io_thread::IoLoop;
-use crate::virtio::{DeviceSet, Platform};
+use crate::virtio::io_thread::{Command, IoLoop};
+use crate::virtio::{DeviceSet, DeviceStats, IoThread, Platform};
 
 pub const MIB: u64 = 1 << 20;
 pub const ECAM: u64 = 0xe800_0000;
@@ -73,13 +73,42 @@ impl IoEventRegistry for IoEvents {
     }
 }
 
+/// Who moves the queues: the test, turn by turn, or the real thread.
+pub enum Io {
+    Manual(IoLoop),
+    Thread(IoThread),
+}
+
+impl Io {
+    pub fn turn(&mut self, timeout: i32) {
+        match self {
+            Self::Manual(io) => assert!(io.turn(timeout).unwrap()),
+            Self::Thread(_) => std::thread::yield_now(),
+        }
+    }
+
+    pub fn device_stats(&self) -> DeviceStats {
+        match self {
+            Self::Manual(io) => io.device_stats(),
+            Self::Thread(io) => io.stats().unwrap(),
+        }
+    }
+
+    pub fn command(&self, command: Command) {
+        match self {
+            Self::Manual(io) => io.commands().send(command),
+            Self::Thread(_) => panic!("the thread has methods of its own"),
+        }
+    }
+}
+
 pub struct Machine {
     pub memory: Arc<GuestMemoryMmap>,
     pub msi: Arc<RecordedMsi>,
     pub ioevents: Arc<IoEvents>,
     pub ports: Arc<dyn BusDevice>,
     pub mmio: Vec<(std::ops::Range<u64>, Arc<dyn BusDevice>)>,
-    pub io: IoLoop,
+    pub io: Io,
     next_free: u64,
 }
 
@@ -122,7 +151,16 @@ impl Machine {
     pub fn new(fill: impl FnOnce(&mut Builder)) -> Self {
         let Parts { memory, msi, ioevents, mut set } = parts(fill);
         let (ports, mmio) = (set.port_device(), set.mmio_devices());
-        Self { memory, msi, ioevents, ports, mmio, io: set.take_io_loop(), next_free: 0x10000 }
+        let io = Io::Manual(set.take_io_loop());
+        Self { memory, msi, ioevents, ports, mmio, io, next_free: 0x10000 }
+    }
+
+    /// The same with a running I/O thread.
+    pub fn threaded(fill: impl FnOnce(&mut Builder)) -> Self {
+        let Parts { memory, msi, ioevents, mut set } = parts(fill);
+        let (ports, mmio) = (set.port_device(), set.mmio_devices());
+        let io = Io::Thread(set.start(|| Ok(())).unwrap());
+        Self { memory, msi, ioevents, ports, mmio, io, next_free: 0x10000 }
     }
 
     /// Fresh guest memory, 4 KiB aligned.
@@ -136,17 +174,18 @@ impl Machine {
     /// Lets the I/O loop do everything that is due now.
     pub fn turn(&mut self) {
         for _ in 0..20 {
-            assert!(self.io.turn(0).unwrap());
+            self.io.turn(0);
         }
     }
 
     /// Turns the I/O loop, sleeping for its events, until `done`.
     pub fn turn_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
-        for _ in 0..200 {
+        let rounds = if matches!(self.io, Io::Manual(_)) { 200 } else { 20_000_000 };
+        for _ in 0..rounds {
             if done(self) {
                 return;
             }
-            assert!(self.io.turn(50).unwrap());
+            self.io.turn(50);
         }
         panic!("the device did not get there");
     }

@@ -8,5 +8,6 @@ mod lifecycle_test;
 mod machine;
 mod net_test;
 mod rng_test;
+mod stress_test;
 mod transport_test;
 mod volumes;
