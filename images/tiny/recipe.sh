@@ -52,7 +52,8 @@ make_tree() {
     ln -s /bin/busybox "$tree/sbin/init"
     cp -r "$images/tiny/root/." "$tree/"
     chmod -R u=rwX,go=rX "$tree/etc" "$tree/sbin" "$tree/usr"
-    chmod 755 "$tree"/sbin/* "$tree"/etc/init.d/rcS "$tree"/etc/acpi/PWRF/* "$tree"/usr/share/udhcpc/*
+    # Links are left alone: theirs would be the files of this machine.
+    find "$tree/sbin" "$tree/etc/init.d" "$tree/etc/acpi" "$tree/usr/share/udhcpc" -type f -exec chmod 755 {} +
     chmod 1777 "$tree/tmp"
     chmod 700 "$tree/root"
 }
