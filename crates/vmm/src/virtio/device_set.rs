@@ -21,6 +21,7 @@ use crate::interrupt::{IoEventRegistry, MsiSender};
 use crate::pci::{PciBus, PciLayout};
 use crate::virtio::VirtioError;
 use crate::virtio::backend::Backend;
+use crate::virtio::balloon::{self, BalloonBackend};
 use crate::virtio::block::{self, BlockBackend};
 use crate::virtio::io_thread::{Command, CommandSender, IoDevice, IoLoop, eventfd};
 use crate::virtio::net::{self, Link, NetBackend, Tap};
@@ -59,7 +60,7 @@ pub struct Nic {
     pub tap: OwnedFd,
 }
 
-/// Everything on the PCI bus besides the host bridge, in slot order: disks, NICs, entropy source.
+/// Everything on the PCI bus besides the host bridge, in slot order: disks, NICs, entropy source, balloon.
 #[derive(Default)]
 pub struct DeviceList {
     /// Slots 1.. in this order.
@@ -68,6 +69,8 @@ pub struct DeviceList {
     pub nics: Vec<Nic>,
     /// `/dev/urandom` or the like for virtio-rng; in the slot after the NICs.
     pub rng: Option<File>,
+    /// Offer virtio-balloon for free page reporting; in the slot after the entropy source.
+    pub balloon: bool,
 }
 
 /// What the machine gives its devices.
@@ -103,6 +106,9 @@ impl DeviceSet {
         }
         if let Some(source) = devices.rng {
             builder.add_rng(source)?;
+        }
+        if devices.balloon {
+            builder.add_balloon()?;
         }
         builder.finish()
     }
@@ -202,6 +208,11 @@ impl Builder {
     pub(crate) fn add_rng(&mut self, source: File) -> Result<(), VirtioError> {
         let memory = Arc::clone(&self.platform.memory);
         self.add("entropy source".into(), &rng::profile(), Vec::new(), |_| Box::new(RngBackend::new(source, &memory)))
+    }
+
+    pub(crate) fn add_balloon(&mut self) -> Result<(), VirtioError> {
+        let backend = BalloonBackend::new(&self.platform.memory);
+        self.add("balloon".into(), &balloon::profile(), balloon::config_space(), |_| Box::new(backend))
     }
 
     fn add(

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
+/// x86's smallest page.
+const HOST_PAGE: usize = 4096;
+
 /// A list of host-mapped pieces of guest memory. Reused between requests, so steady state allocates nothing.
 pub(crate) struct GuestBuffers {
     /// Keeps the mapping under `pieces` alive.
@@ -101,6 +104,20 @@ impl GuestBuffers {
             drop += 1;
         }
         self.pieces.drain(..drop);
+    }
+
+    /// Gives whole pages among the pieces back to the host; they read as zeros (or as the file mapped there) afterwards.
+    pub(crate) fn discard(&self) {
+        for piece in &self.pieces {
+            let start = (piece.iov_base as usize).next_multiple_of(HOST_PAGE);
+            let end = (piece.iov_base as usize + piece.iov_len) / HOST_PAGE * HOST_PAGE;
+            if start < end {
+                let pages = piece.iov_base.cast::<u8>().wrapping_add(start - piece.iov_base as usize);
+                // SAFETY: the pages lie within the piece, which is guest memory: dropping its content is what the guest asked for, and
+                // no Rust reference to it exists. A failure leaves the memory as it was.
+                let _ = unsafe { libc::madvise(pages.cast(), end - start, libc::MADV_DONTNEED) };
+            }
+        }
     }
 
     /// Copies from the start into `data`; false when there are fewer bytes.

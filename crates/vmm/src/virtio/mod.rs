@@ -6,6 +6,7 @@
 //! allows: the status register reads non-zero until the I/O thread has nothing of the device in flight any more.
 
 mod backend;
+mod balloon;
 mod block;
 mod common_config;
 mod device_set;

@@ -19,7 +19,7 @@ const RING_SPACE: u64 = 0x4000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const SIZE: u16 = 16;
-const DEVICES: usize = 3;
+const DEVICES: usize = 4;
 /// Where valid buffers and indirect tables lie; well apart from the rings.
 const BUFFERS: u64 = 0x20_0000;
 
@@ -118,7 +118,7 @@ fn address() -> impl Strategy<Value = u64> {
         6 => (0u64..64).prop_map(|index| BUFFERS + index * 512),
         2 => (0u64..0x4000).prop_map(|offset| MEMORY - 0x2000 + offset),
         1 => (0u64..1024).prop_map(|offset| REGION - 512 + offset),
-        1 => RINGS..RINGS + 12 * RING_SPACE,
+        1 => RINGS..RINGS + 16 * RING_SPACE,
         1 => any::<u64>(),
         1 => Just(0u64),
     ]
@@ -152,7 +152,7 @@ fn request() -> impl Strategy<Value = Step> {
     );
     let kind = prop_oneof![9 => prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]), 1 => any::<u32>()];
     let sector = prop_oneof![9 => 0u64..80, 1 => any::<u64>()];
-    (1usize..=DEVICES, 0u64..2, 0..SIZE, kind, sector, data, prop::option::weighted(0.15, spoilt)).prop_map(
+    (1usize..=DEVICES, 0u64..4, 0..SIZE, kind, sector, data, prop::option::weighted(0.15, spoilt)).prop_map(
         |(slot, queue, start, kind, sector, data, spoilt)| Step::Request {
             slot,
             queue,
@@ -167,7 +167,7 @@ fn request() -> impl Strategy<Value = Step> {
 
 fn step() -> impl Strategy<Value = Step> {
     let slot = || 1usize..DEVICES + 1;
-    let queue = || 0u64..12;
+    let queue = || 0u64..16;
     let value = prop_oneof![
         4 => 0u64..20,
         2 => address(),
@@ -176,9 +176,9 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let features = prop_oneof![Just(u64::MAX), Just(VERSION_1), Just(VERSION_1 | RING_RESET), any::<u64>()];
     prop_oneof![
-        1 => (0usize..5, 0usize..300, bytes())
+        1 => (0usize..6, 0usize..300, bytes())
             .prop_map(|(slot, offset, data)| Step::ConfigWrite { slot, offset, data }),
-        1 => (0usize..5, 0usize..300, 1usize..9)
+        1 => (0usize..6, 0usize..300, 1usize..9)
             .prop_map(|(slot, offset, length)| Step::ConfigRead { slot, offset, length }),
         1 => (slot(), 0u64..0x8000, bytes()).prop_map(|(slot, offset, data)| Step::BarWrite { slot, offset, data }),
         1 => (slot(), 0u64..0x8000, 1usize..9)
@@ -193,7 +193,7 @@ fn step() -> impl Strategy<Value = Step> {
         ),
         12 => (queue(), prop::collection::vec(0..SIZE + 1, 1..6), prop_oneof![6 => 1u16..6, 1 => any::<u16>()])
             .prop_map(|(queue, entries, advance)| Step::Available { queue, entries, advance }),
-        1 => (RINGS..RINGS + 12 * RING_SPACE, bytes()).prop_map(|(address, data)| Step::Noise { address, data }),
+        1 => (RINGS..RINGS + 16 * RING_SPACE, bytes()).prop_map(|(address, data)| Step::Noise { address, data }),
         3 => (0u64..64, prop_oneof![prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]), any::<u32>()], 0u64..80)
             .prop_map(|(at, kind, sector)| Step::BlockHeader { at, kind, sector }),
         12 => (slot(), 0u64..4).prop_map(|(slot, queue)| Step::Kick { slot, queue }),
@@ -221,6 +221,7 @@ impl Guest {
             builder.add_disk(disk).unwrap();
             builder.add_nic(0, [2, 0, 0, 0, 0, 1], 1500, Box::new(near)).unwrap();
             builder.add_rng(std::fs::File::open("/dev/urandom").unwrap()).unwrap();
+            builder.add_balloon().unwrap();
         });
         let drivers = (1..=DEVICES).map(|slot| Driver::probe(&machine, slot)).collect();
         Self { machine, drivers, wire: far }
@@ -239,7 +240,7 @@ impl Guest {
         self.machine.turn();
         driver.negotiate(&self.machine, features);
         let common = driver.common;
-        for queue in 0..3u16 {
+        for queue in 0..4u16 {
             driver.select_queue(&self.machine, queue);
             let base = rings((slot as u64 - 1) * 4 + u64::from(queue));
             self.machine.write(common + 0x18, &SIZE.to_le_bytes());
@@ -272,7 +273,9 @@ impl Guest {
         let writes = match slot {
             1 => !matches!(kind, 1 | 11 | 13),
             2 => queue == 0,
-            _ => true,
+            3 => true,
+            // Inflate and deflate read page numbers, reports are writable.
+            _ => queue >= 2,
         };
         let data = data.iter().map(|(address, length)| (*address, *length, writes));
         let mut buffers: Vec<(u64, u32, bool)> = Vec::new();
@@ -399,6 +402,10 @@ impl Guest {
         queues[0].add(&self.machine, &[], &[(BUFFERS, 64)]);
         assert_eq!(queues[0].run(&mut self.machine).1, 64);
 
+        let (_, mut queues) = Driver::start(&mut self.machine, 4, u64::MAX, SIZE);
+        queues[2].add(&self.machine, &[], &[(BUFFERS, 8192)]);
+        queues[2].run(&mut self.machine);
+
         let (_, mut queues) = Driver::start(&mut self.machine, 2, u64::MAX, SIZE);
         while self.wire.recv(&mut [0; 16]).is_ok() {}
         queues[1].add(&self.machine, &[(BUFFERS, 100)], &[]);
@@ -429,13 +436,13 @@ fn a_hostile_guest_harms_only_itself() {
 #[test]
 fn hostile_rings_never_hang_or_panic() {
     let ring = prop_oneof![
-        3 => (0u64..12, 0..u64::from(SIZE), address(), length(), flags(), 0..SIZE + 2).prop_map(
+        3 => (0u64..16, 0..u64::from(SIZE), address(), length(), flags(), 0..SIZE + 2).prop_map(
             |(queue, index, address, length, flags, next)| Step::Descriptor { queue, index, address, length, flags, next }
         ),
         1 => (0u64..32, address(), length(), flags(), 0..SIZE * 2).prop_map(
             |(index, address, length, flags, next)| Step::Indirect { index, address, length, flags, next }
         ),
-        2 => (0u64..12, prop::collection::vec(0..SIZE, 1..6), 1u16..6)
+        2 => (0u64..16, prop::collection::vec(0..SIZE, 1..6), 1u16..6)
             .prop_map(|(queue, entries, advance)| Step::Available { queue, entries, advance }),
         1 => (0u64..64, prop::sample::select(vec![0u32, 1, 4, 8, 11, 13]), 0u64..80)
             .prop_map(|(at, kind, sector)| Step::BlockHeader { at, kind, sector }),

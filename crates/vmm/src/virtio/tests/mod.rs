@@ -1,5 +1,6 @@
 //! The devices as a driver sees them: through PCI configuration space, BAR registers and rings in guest memory.
 
+mod balloon_test;
 mod block_test;
 mod driver;
 mod hostile_test;
