@@ -352,6 +352,7 @@ fn take_devices(spec: &MachineSpec, fds: &mut Descriptors) -> Result<DeviceList,
         devices.nics.push(Nic { mac: nic.mac, mtu: nic.mtu, tap: fds.take(nic.tap, "tap")? });
     }
     devices.rng = spec.rng.map(|index| fds.take(index, "entropy source").map(File::from)).transpose()?;
+    devices.balloon = true;
     Ok(devices)
 }
 
