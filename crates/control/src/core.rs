@@ -49,6 +49,8 @@ pub(crate) struct Core {
     pub reconcile: Notify,
     /// Cancelled when this control plane must stop acting.
     pub stop: CancellationToken,
+    /// Cancelled when the tables are fed no more.
+    blind: CancellationToken,
     store: Arc<dyn Store>,
     leadership: Leadership,
     tables: RwLock<Tables>,
@@ -91,6 +93,7 @@ impl Core {
             store,
             leadership,
             stop,
+            blind: CancellationToken::new(),
             tables: RwLock::new(tables),
             placement: Mutex::new(placement),
             applied: watch::Sender::new(revision),
@@ -169,14 +172,25 @@ impl Core {
 
     async fn wait_applied(&self, revision: Revision) -> ApiResult<()> {
         let mut applied = self.applied.subscribe();
-        match tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|seen| *seen >= revision)).await {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err(ApiError::unavailable("the write is durable but cannot be shown yet")),
+        tokio::select! {
+            biased;
+            shown = tokio::time::timeout(APPLY_TIMEOUT, applied.wait_for(|seen| *seen >= revision)) => {
+                if matches!(shown, Ok(Ok(_))) {
+                    return Ok(());
+                }
+            }
+            () = self.blind.cancelled() => {}
         }
+        Err(ApiError::unavailable("the write is durable but cannot be shown yet"))
     }
 
-    /// Feeds the tables until the store ends the watch.
-    pub async fn follow(&self) -> Result<(), ControlError> {
+    /// Feeds the tables until the store ends the watch. Calls that still run at a shutdown need it too, so it goes on to the end.
+    pub async fn follow(&self) -> ControlError {
+        let _blind = self.blind.clone().drop_guard();
+        self.feed().await.err().unwrap_or(ControlError::Stopped("the store's watch"))
+    }
+
+    async fn feed(&self) -> Result<(), ControlError> {
         let from = *self.applied.borrow();
         let mut watch = self.store.watch("/", from + 1).await?;
         while let Some(batch) = watch.next().await {
@@ -196,7 +210,7 @@ impl Core {
             self.applied.send_replace(batch.revision);
             self.announce(touched);
         }
-        Err(ControlError::Stopped("the store's watch"))
+        Ok(())
     }
 
     /// Tells sessions, watchers and reconcilers that something changed.

@@ -31,8 +31,16 @@ struct Addresses {
 pub(crate) struct Placement {
     scheduler: Scheduler<String, String>,
     addresses: HashMap<String, Addresses>,
-    /// Instances of running calls, by account.
-    claimed_instances: HashMap<String, u32>,
+    /// Accounts of all instances that are not terminated.
+    standing: HashMap<String, String>,
+    /// How many instances an account has: standing ones and those that running calls are about to make.
+    counts: HashMap<String, Count>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Count {
+    standing: u32,
+    claimed: u32,
 }
 
 /// What an instance takes of the dimensions that hosts report.
@@ -86,7 +94,8 @@ impl Placement {
         Self {
             scheduler: Scheduler::new(Config::default()),
             addresses: HashMap::new(),
-            claimed_instances: HashMap::new(),
+            standing: HashMap::new(),
+            counts: HashMap::new(),
         }
     }
 
@@ -119,14 +128,20 @@ impl Placement {
     /// resources.
     pub fn sync_instance(&mut self, tables: &Tables, id: &str) {
         let name = id.to_owned();
-        let Some((spec, status)) = tables.instance(id) else {
+        let found = tables.instance(id).filter(|(spec, status)| !life::state_of(spec, status.as_deref()).is_final());
+        let Some((spec, status)) = found else {
             self.scheduler.release(&name);
+            if let Some(account) = self.standing.remove(id) {
+                let count = self.counts.entry(account).or_default();
+                count.standing = count.standing.saturating_sub(1);
+            }
             return;
         };
         let status = status.as_deref();
-        if life::state_of(&spec, status).is_final() {
-            self.scheduler.release(&name);
-            return;
+        if !self.standing.contains_key(id) {
+            let account = account_of(&spec).to_owned();
+            self.counts.entry(account.clone()).or_default().standing += 1;
+            self.standing.insert(name.clone(), account);
         }
         let resources = match life::holds_resources(&spec, status) {
             true => vector(&spec.spec.as_ref().and_then(|s| s.resources).unwrap_or_default()),
@@ -213,9 +228,20 @@ impl Placement {
         }
     }
 
-    /// Instances that running calls are about to make for an account.
-    pub fn claimed_instances(&mut self, account: &str) -> &mut u32 {
-        self.claimed_instances.entry(account.to_owned()).or_default()
+    /// How many instances an account has or is about to have.
+    pub fn instance_count(&self, account: &str) -> u32 {
+        self.counts.get(account).map_or(0, |count| count.standing.saturating_add(count.claimed))
+    }
+
+    /// Counts instances that a call is about to make. To be taken back when they are in the tables, or will never be.
+    pub fn claim_instances(&mut self, account: &str, more: u32) {
+        self.counts.entry(account.to_owned()).or_default().claimed += more;
+    }
+
+    pub fn unclaim_instances(&mut self, account: &str, fewer: u32) {
+        if let Some(count) = self.counts.get_mut(account) {
+            count.claimed = count.claimed.saturating_sub(fewer);
+        }
     }
 
     /// What is promised on a host.

@@ -97,19 +97,13 @@ impl Control {
         let mut tasks = JoinSet::new();
         let follower = core.clone();
         tasks.spawn(async move {
-            tokio::select! {
-                result = follower.follow() => {
-                    follower.die(result.err().unwrap_or(ControlError::Stopped("the store's watch")));
-                }
-                () = follower.stop.cancelled() => {}
-            }
+            let error = follower.follow().await;
+            follower.die(error);
         });
         let holder = core.clone();
         tasks.spawn(async move {
-            tokio::select! {
-                error = holder.hold_leadership() => holder.die(error),
-                () = holder.stop.cancelled() => {}
-            }
+            let error = holder.hold_leadership().await;
+            holder.die(error);
         });
         let control = Self { core, listener: Some(listener), address, identity, tasks };
         reconcile::images::clean_up_after_crash(&control.core).await?;
@@ -209,7 +203,7 @@ impl Control {
             // Who stays longer is cut off.
             None => tokio::time::timeout(DRAIN_TIMEOUT, &mut serving).await.unwrap_or(Ok(())),
         };
-        while self.tasks.join_next().await.is_some() {}
+        self.tasks.shutdown().await;
         match core.take_fatal() {
             Some(error) => return Err(error),
             None => core.resign().await,

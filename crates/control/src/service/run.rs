@@ -69,8 +69,7 @@ impl Drop for Claim {
             for id in &self.ids {
                 placement.sync_instance(tables, id);
             }
-            let claimed = placement.claimed_instances(&self.account);
-            *claimed = claimed.saturating_sub(self.counted);
+            placement.unclaim_instances(&self.account, self.counted);
         });
     }
 }
@@ -377,11 +376,8 @@ fn place(
     claim: &mut Claim,
     core: &Core,
 ) -> ApiResult<Placed> {
-    let have = tables.instances_of.get(&claim.account).into_iter().flatten().filter(|id| {
-        tables.instance(id).is_some_and(|(spec, status)| !crate::life::state_of(&spec, status.as_deref()).is_final())
-    });
     let limit = core.config.max_instances_per_account as usize;
-    let used = have.count() + *books.claimed_instances(&claim.account) as usize;
+    let used = books.instance_count(&claim.account) as usize;
     let free = limit.saturating_sub(used);
     if free < plan.min {
         let message = format!("the account has {used} instances of at most {limit}, {} more were asked for", plan.min);
@@ -415,7 +411,7 @@ fn place(
     specs.truncate(hosts.len());
     claim.ids = specs.iter().map(|spec| spec.instance_id.clone()).collect();
     claim.counted = u32::try_from(specs.len()).unwrap_or(u32::MAX);
-    *books.claimed_instances(&claim.account) += claim.counted;
+    books.claim_instances(&claim.account, claim.counted);
     let mut addresses = claim.addresses.iter();
     for (spec, host) in specs.iter_mut().zip(&hosts) {
         let mut nics = Vec::new();

@@ -196,15 +196,32 @@ async fn disconnected(core: &Arc<Core>, host: &str) {
     }
 }
 
-/// Everything a host should have. Terminated instances are in it until the host has reported them gone.
-fn desired_instances(tables: &Tables, host: &str) -> Vec<v1::DesiredInstance> {
-    let placed = tables.instances_on.get(host).into_iter().flatten();
-    let wanted = placed.filter_map(|id| {
-        let (spec, status) = tables.instance(id)?;
-        (!life::state_of(&spec, status.as_deref()).is_final()).then(|| life::desired(&spec))
-    });
-    let evicted = tables.evictions.get(host).into_iter().flatten();
-    wanted.chain(evicted.map(|(id, eviction)| reports::evicted(id, eviction))).collect()
+/// What a host should have and has not been told: of each instance the generation, and the rest where that is not in `sent`.
+/// Terminated instances are in it until the host has reported them gone.
+fn desired_instances(
+    tables: &Tables,
+    host: &str,
+    sent: &HashMap<String, u64>,
+) -> (HashMap<String, u64>, Vec<v1::DesiredInstance>) {
+    let mut generations = HashMap::new();
+    let mut news = Vec::new();
+    for id in tables.instances_on.get(host).into_iter().flatten() {
+        let Some((spec, status)) = tables.instance(id) else { continue };
+        if life::state_of(&spec, status.as_deref()).is_final() {
+            continue;
+        }
+        if sent.get(id) != Some(&spec.generation) {
+            news.push(life::desired(&spec));
+        }
+        generations.insert(id.clone(), spec.generation);
+    }
+    for (id, eviction) in tables.evictions.get(host).into_iter().flatten() {
+        if sent.get(id) != Some(&eviction.generation) {
+            news.push(reports::evicted(id, eviction));
+        }
+        generations.insert(id.clone(), eviction.generation);
+    }
+    (generations, news)
 }
 
 /// The downward half.
@@ -239,8 +256,8 @@ impl Sender {
     async fn pump(&mut self, commands: &mut mpsc::Receiver<Down>, kick: &Notify, ready: oneshot::Receiver<()>) {
         // A closed channel means that the other half ended.
         let _ = tokio::time::timeout(FULL_REPORT_TIMEOUT, ready).await;
-        let instances = desired_instances(&self.core.tables(), &self.host);
-        self.sent = instances.iter().map(|d| (d.instance_id.clone(), d.generation)).collect();
+        let (generations, instances) = desired_instances(&self.core.tables(), &self.host, &self.sent);
+        self.sent = generations;
         if !self.send(Down::Desired(v1::DesiredHost { instances })).await {
             return;
         }
@@ -259,17 +276,13 @@ impl Sender {
     }
 
     async fn send_changes(&mut self) -> bool {
-        let now = desired_instances(&self.core.tables(), &self.host);
-        let mut sent = HashMap::with_capacity(now.len());
-        for desired in now {
-            let (id, generation) = (desired.instance_id.clone(), desired.generation);
-            let known = self.sent.get(&id) == Some(&generation);
-            if !known && !self.send(Down::Instance(desired)).await {
+        let (generations, news) = desired_instances(&self.core.tables(), &self.host, &self.sent);
+        self.sent = generations;
+        for desired in news {
+            if !self.send(Down::Instance(desired)).await {
                 return false;
             }
-            sent.insert(id, generation);
         }
-        self.sent = sent;
         true
     }
 
