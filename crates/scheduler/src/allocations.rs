@@ -91,3 +91,29 @@ impl<A: Hash + Eq> Allocations<A> {
         self.entries.iter().flatten().map(|entry| (&entry.name, &entry.allocation))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on_host(host: u32) -> Allocation {
+        Allocation { host, sequence: 0, amounts: Amounts::default(), memberships: Memberships::default() }
+    }
+
+    #[test]
+    fn names_are_found_until_removed_and_places_are_used_again() {
+        let mut table: Allocations<String> = Allocations::default();
+        for round in 0..50u32 {
+            for number in 0..20 {
+                table.insert(format!("i-{round}-{number}"), on_host(number));
+            }
+            for number in 0..20 {
+                let name = format!("i-{round}-{number}");
+                assert_eq!(table.get(&name).unwrap().host, number);
+                assert_eq!(table.remove(&name).unwrap().host, number);
+                assert!(table.get(&name).is_none() && table.remove(&name).is_none());
+            }
+        }
+        assert_eq!((table.iter().count(), table.entries.len()), (0, 20));
+    }
+}

@@ -193,6 +193,7 @@ mod tests {
                 prop_assert_eq!(set.len(), model.len());
                 prop_assert_eq!(set.is_empty(), model.is_empty());
                 prop_assert_eq!(set.contains(slot), model.contains(&slot));
+                prop_assert!(set.len() > FEW / 2 || set.more.is_none(), "small sets need no memory of their own");
             }
             prop_assert_eq!(set.iter().collect::<Vec<_>>(), model.into_iter().collect::<Vec<_>>());
         }
