@@ -70,7 +70,7 @@ fn wrong_usage_ends_with_two_and_a_suggestion() {
         (&["instance", "list", "--filter", "running"], "NAME=VALUE"),
         (&["instance", "run", "x", "--root-size", "many"], "20G"),
         (&["instance", "list", "-o", "xml"], "json"),
-        (&["instance", "list"], "hearthd up"),
+        (&["instance", "list", "--profile", "work"], "no profile 'work'"),
     ] {
         let output = hearth(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");

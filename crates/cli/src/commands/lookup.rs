@@ -38,11 +38,14 @@ fn escaped(text: &str) -> String {
     text.chars().flat_map(|c| if matches!(c, '*' | '?' | '\\') { vec!['\\', c] } else { vec![c] }).collect()
 }
 
-/// Whether a text is the beginning of an id with that prefix: "i-", "i-0af".
+/// So many digits of an id must be given: a slip of the hand must not name anything.
+const LEAST_DIGITS: usize = 4;
+
+/// Whether a text is the beginning of an id with that prefix: "i-0af3".
 fn is_beginning(text: &str, prefix: &str) -> bool {
     text.strip_prefix(prefix)
         .and_then(|rest| rest.strip_prefix('-'))
-        .is_some_and(|digits| digits.len() < 17 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+        .is_some_and(|digits| (LEAST_DIGITS..17).contains(&digits.len()) && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
 /// Ids of the instances meant.
@@ -124,10 +127,10 @@ mod tests {
 
     #[test]
     fn beginnings_of_ids_are_told_from_names() {
-        for text in ["i-", "i-0", "i-0123456789abcdef"] {
+        for text in ["i-0123", "i-0123456789abcdef"] {
             assert!(is_beginning(text, "i"), "{text}");
         }
-        for text in ["i", "web", "i-0123456789abcdef0", "i-xyz", "i-0A", "ami-0", "io-1"] {
+        for text in ["i", "i-", "i-012", "web", "i-0123456789abcdef0", "i-xyzzy", "i-0123A", "ami-0123", "io-1234"] {
             assert!(!is_beginning(text, "i"), "{text}");
         }
         assert_eq!(escaped("a*b?c\\d"), "a\\*b\\?c\\\\d");
