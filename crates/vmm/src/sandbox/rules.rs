@@ -42,9 +42,8 @@ const COMMON: [libc::c_long; 20] = [
 ];
 
 /// The control thread serves sockets and kicks vCPUs.
-const CONTROL: [libc::c_long; 8] = [
+const CONTROL: [libc::c_long; 7] = [
     libc::SYS_accept4,
-    libc::SYS_fcntl,
     libc::SYS_poll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
@@ -96,16 +95,19 @@ pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
         ThreadKind::Vcpu => &[KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD, KVM_GET_REGS],
         ThreadKind::Io { .. } => &[KVM_SIGNAL_MSI, KVM_IOEVENTFD, TUNSETOFFLOAD],
     };
+    // Debug builds look whether a descriptor is open before they close it. Console clients and connections become non-blocking.
+    let commands: &[libc::c_int] = match kind {
+        ThreadKind::Control => &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL],
+        _ => &[libc::F_GETFD],
+    };
+    let commands = commands.iter().map(|command| argument(1, *command as u64)).collect::<Result<_, _>>()?;
+    rules.insert(libc::SYS_fcntl, commands);
     rules.insert(libc::SYS_ioctl, requests.iter().map(|request| argument(1, *request)).collect::<Result<_, _>>()?);
     // Memory, but never executable. Shared or file mappings are all made before.
     let not_executable = |index| {
         let mask = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
         SeccompCondition::new(index, SeccompCmpArgLen::Dword, mask, 0).and_then(|c| SeccompRule::new(vec![c]))
     };
-    // The standard library's debug checks look whether a descriptor is open before they close it.
-    if !rules.contains_key(&libc::SYS_fcntl) {
-        rules.insert(libc::SYS_fcntl, vec![argument(1, libc::F_GETFD as u64)?]);
-    }
     rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
     if let ThreadKind::Io { io_uring: true } = kind {
