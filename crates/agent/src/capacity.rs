@@ -15,13 +15,15 @@ use crate::state::{Layout, read_if_exists, write_atomically};
 
 /// How long each host thread is measured.
 const CALIBRATION: Duration = Duration::from_millis(100);
+/// Name of the loop; another loop gets another name, so that old measurements of it are not used.
+const LOOP: &str = "xorshift64*";
 /// Rounds between two looks at the clock.
 const ROUNDS: u64 = 10_000;
 
 /// A measured speed and the machine it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Calibration {
-    /// Model name and number of threads.
+    /// Which loop was measured, on which CPU, how many threads.
     pub machine: String,
     /// Threads that were measured together.
     pub threads: u32,
@@ -33,7 +35,7 @@ impl Calibration {
     /// The cached measurement of this machine, or a new one. Blocks for about [`CALIBRATION`].
     pub fn get(layout: &Layout) -> io::Result<Self> {
         let threads = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
-        let machine = format!("{threads} × {}", cpu_model());
+        let machine = format!("{LOOP}: {threads} × {}", cpu_model());
         let path = layout.calibration();
         let cached: Option<Self> = read_if_exists(&path)?.and_then(|text| serde_json::from_slice(&text).ok());
         if let Some(cached) = cached.filter(|cached| cached.machine == machine && cached.ecu_milli_per_thread > 0) {
@@ -58,7 +60,7 @@ fn cpu_model() -> String {
     model.map_or_else(|| "unknown CPU".to_owned(), |(_, name)| name.trim().to_owned())
 }
 
-/// One round is a multiplication and three shift-and-xor steps that each need the result before (xorshift64*): about eleven
+/// One round is a multiplication and three shift-and-xor steps that each need the result before (xorshift64*): nine to twelve
 /// cycles of latency on any x86-64 core since 2007, so that 10^8 rounds/s are what a core of 1.0-1.2 GHz did then. Newer cores are
 /// faster by their clock and by shorter latencies, not by their width, which guests do not get in full either. In assembly, so
 /// that no compiler setting changes what an ECU is.

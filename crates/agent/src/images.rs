@@ -176,10 +176,13 @@ impl Images {
                 let (Some(end), true) = (end, piece.offset == offset) else {
                     return Err(damaged(format!("a piece at byte {} instead of {offset}", piece.offset)));
                 };
-                match piece.content {
-                    Content::Data(data) => file.write_all_at(&data, offset).map_err(io_error("writing", &path))?,
-                    Content::Zeros(_) => file.set_len(end).map_err(io_error("extending", &path))?,
-                }
+                let (target, at) = (file.clone(), offset);
+                let write = move || match piece.content {
+                    Content::Data(data) => target.write_all_at(&data, at),
+                    Content::Zeros(_) => target.set_len(end),
+                };
+                let written = tokio::task::spawn_blocking(write).await.map_err(io::Error::other);
+                written.and_then(|written| written).map_err(io_error("writing", &path))?;
                 offset = end;
                 progress(offset, wanted.bytes);
             }
@@ -189,13 +192,16 @@ impl Images {
             }
         }
         let checked = file.clone();
-        let digest = tokio::task::spawn_blocking(move || digest(&checked)).await;
+        let check = move || {
+            checked.sync_all()?;
+            digest(&checked)
+        };
+        let digest = tokio::task::spawn_blocking(check).await;
         let digest = digest.map_err(io::Error::other).and_then(|digest| digest).map_err(io_error("reading", &path))?;
         if !digest.eq_ignore_ascii_case(&wanted.sha256) {
             std::fs::remove_file(&path).map_err(io_error("removing", &path))?;
             return Err(damaged(format!("its SHA-256 is {digest} instead of {}", wanted.sha256)));
         }
-        file.sync_all().map_err(io_error("syncing", &path))?;
         std::fs::rename(&path, complete).map_err(io_error("renaming", &path))?;
         sync_dir(&folder).map_err(io_error("syncing", &folder))
     }

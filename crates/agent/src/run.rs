@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hearth_proto::v1;
 use hearth_types::Resources;
+use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -68,6 +69,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let link = Arc::new(Link::default());
     let boot = BootLoader::new(&layout.kernels()).map_err(AgentError::file("creating", &layout.kernels()))?;
     let images = Images::new(layout.clone(), config.local_image_dir.clone(), Arc::new(ControlImages(link.clone())));
+    let starts = (calibration.threads as usize).clamp(2, 16);
     let host = Arc::new(Host {
         layout: layout.clone(),
         launcher: launcher.clone(),
@@ -78,6 +80,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         admission: Admission::new(capacity, config.vcpu_overcommit_percent),
         calibration,
         reports: Reports::default(),
+        starts: Arc::new(Semaphore::new(starts)),
         stop_timeout: config.stop_timeout,
         terminate_timeout: config.terminate_timeout,
         mtu: config.network.mtu,

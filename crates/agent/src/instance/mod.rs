@@ -18,6 +18,8 @@ mod task;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
+
 use crate::boot::BootLoader;
 use crate::capacity::{Admission, Calibration};
 use crate::images::Images;
@@ -50,6 +52,9 @@ pub struct Host {
     pub calibration: Calibration,
     /// What is told.
     pub reports: Reports,
+    /// Instances whose disks and VMMs may be made at the same time: more would only make each other, and the rest of the host,
+    /// slower.
+    pub starts: Arc<Semaphore>,
     /// How long a guest may take to shut down.
     pub stop_timeout: Duration,
     /// The same when it is terminated.

@@ -10,6 +10,7 @@ use hearth_proto::v1;
 use hearth_types::{InstanceId, StateReason};
 use hearth_vmm::console_ring;
 use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Host, Spec};
 use crate::boot::BootFilesError;
@@ -73,14 +74,25 @@ impl ProgressReport {
     }
 }
 
-/// Has the image at hand. May be given up at any time.
-pub async fn fetch_image(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Option<PathBuf>, StartError> {
-    if host.layout.root_disk(id).exists() {
-        return Ok(None);
-    }
+/// Everything that a start has to wait for.
+pub struct Ready {
+    /// What the root volume is to be made from, unless it is there.
+    image: Option<PathBuf>,
+    /// The instance's turn.
+    _turn: OwnedSemaphorePermit,
+}
+
+/// Waits for the image and for the instance's turn. May be given up at any time.
+pub async fn ready(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Ready, StartError> {
+    let image = if host.layout.root_disk(id).exists() { None } else { Some(fetch_image(host, id, spec).await?) };
+    let turn = host.starts.clone().acquire_owned().await;
+    Ok(Ready { image, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })
+}
+
+async fn fetch_image(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<PathBuf, StartError> {
     let progress = ProgressReport::new(host, id, "fetching the image");
     match host.images.ensure(&spec.image, &|done, total| progress.tell(done, total)).await {
-        Ok(path) => Ok(Some(path)),
+        Ok(path) => Ok(path),
         Err(ImageError::Fetch(FetchError::Unreachable(reason))) => Err(StartError::Waiting(reason)),
         Err(error) if error.is_transient() => Err(StartError::internal(error.to_string())),
         Err(error) => Err(StartError::Permanent(StateReason::new(StateReason::INVALID_IMAGE, error.to_string()))),
@@ -94,10 +106,11 @@ pub async fn start(
     spec: &Spec,
     wire: &v1::InstanceSpec,
     slot: u32,
-    image: Option<PathBuf>,
+    ready: Ready,
 ) -> Result<Started, StartError> {
     let (work_host, work_id, work_spec) = (host.clone(), id.clone(), spec.clone());
     host.step("before making disks").await;
+    let image = ready.image.clone();
     let prepared = tokio::task::spawn_blocking(move || prepare(&work_host, &work_id, &work_spec, image)).await;
     let (boot, disks, console_ring, console_start) =
         prepared.map_err(|error| StartError::internal(format!("internal error: {error}")))??;

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::restart::{Next, Restarts};
-use super::start::{StartError, console_total, fetch_image, metadata, start};
+use super::start::{StartError, console_total, metadata, ready, start};
 use super::{Host, Spec};
 use crate::launch::{Found, Vmm, VmmEnd};
 use crate::state::{Hold, InstanceRecord, Phase};
@@ -139,7 +139,12 @@ impl InstanceTask {
     async fn save(&mut self) {
         self.host.step("before saving").await;
         let mut pause = Duration::from_millis(100);
-        while let Err(error) = self.record.save(&self.host.layout) {
+        // Syncing a file may take seconds on a busy disk; other instances go on meanwhile.
+        let write = |task: &Self| {
+            let (record, layout) = (task.record.clone(), task.host.layout.clone());
+            blocking(move || record.save(&layout))
+        };
+        while let Err(error) = write(self).await {
             tracing::error!(instance = %self.id, %error, "the instance's record cannot be written");
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -265,12 +270,12 @@ impl InstanceTask {
         self.responded = false;
         self.publish();
         let (host, id) = (self.host.clone(), self.id.clone());
-        let image = {
-            let fetching = fetch_image(&host, &id, &spec);
-            tokio::pin!(fetching);
+        let ready = {
+            let waiting = ready(&host, &id, &spec);
+            tokio::pin!(waiting);
             loop {
                 tokio::select! {
-                    image = &mut fetching => break Some(image),
+                    ready = &mut waiting => break Some(ready),
                     changed = self.wishes.changed() => {
                         self.take_wish().await;
                         if changed.is_err() || self.goal() != Goal::Run {
@@ -281,12 +286,12 @@ impl InstanceTask {
                 }
             }
         };
-        let started = match image {
+        let started = match ready {
             None => return,
             Some(Err(error)) => Err(error),
-            Some(Ok(image)) => {
+            Some(Ok(ready)) => {
                 let wire = self.record.desired.spec.clone().unwrap_or_default();
-                start(&host, &id, &spec, &wire, self.record.slot, image).await
+                start(&host, &id, &spec, &wire, self.record.slot, ready).await
             }
         };
         match started {
@@ -475,7 +480,7 @@ impl InstanceTask {
         self.clean_up().await;
         self.host.network.unregister(&self.id).await;
         let mut pause = Duration::from_millis(100);
-        while let Err(error) = self.delete_instance_store() {
+        while let Err(error) = self.delete_instance_store().await {
             tracing::warn!(instance = %self.id, %error, "an instance-store disk cannot be deleted");
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -486,9 +491,11 @@ impl InstanceTask {
         self.enter(Phase::Stopped).await;
     }
 
-    fn delete_instance_store(&self) -> Result<(), crate::volumes::VolumeError> {
+    async fn delete_instance_store(&self) -> Result<(), crate::volumes::VolumeError> {
         let disks = self.spec.as_ref().map_or(0, |spec| spec.instance_store.len());
-        (0..disks).try_for_each(|index| self.host.volumes.delete(&self.host.layout.ephemeral_disk(&self.id, index)))
+        let (host, id) = (self.host.clone(), self.id.clone());
+        blocking(move || (0..disks).try_for_each(|index| host.volumes.delete(&host.layout.ephemeral_disk(&id, index))))
+            .await
     }
 
     /// Removes cgroup and sockets; goes on trying, since the next VMM needs both.
@@ -514,10 +521,17 @@ impl InstanceTask {
         // Renamed first: a half deleted instance must not come back with half of its disks.
         let renamed = std::fs::rename(&folder, &gone);
         self.host.step("after renaming").await;
-        let deleted = renamed.and_then(|()| {
-            std::fs::remove_dir_all(&gone)?;
-            crate::state::sync_dir(&self.host.layout.instances())
-        });
+        let instances = self.host.layout.instances();
+        let deleted = match renamed {
+            Ok(()) => {
+                blocking(move || {
+                    std::fs::remove_dir_all(&gone)?;
+                    crate::state::sync_dir(&instances)
+                })
+                .await
+            }
+            Err(error) => Err(error),
+        };
         if let Err(error) = deleted {
             tracing::warn!(instance = %self.id, %error, "deleting the instance");
             if folder.exists() {
@@ -529,6 +543,15 @@ impl InstanceTask {
         report_gone(&self.host, &self.id, &self.record.desired, self.record.boot_count);
         tracing::info!(instance = %self.id, "gone");
         true
+    }
+}
+
+/// Runs file work off the runtime's own threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        // The runtime ends, and this task with it.
+        Err(_) => std::future::pending().await,
     }
 }
 

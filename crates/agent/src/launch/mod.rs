@@ -136,7 +136,7 @@ pub enum Found {
 
 /// A running VMM.
 #[async_trait]
-pub trait Vmm: Send {
+pub trait Vmm: Send + Sync {
     /// Waits for its end. May be given up and called again.
     async fn wait(&mut self) -> VmmEnd;
     /// Presses the guest's power button.

@@ -98,10 +98,15 @@ impl Session {
             return Err(LinkError::Ended(format!("its term {} is over, {known} has been obeyed", message.term)));
         }
         // On disk before anything of that term is done.
-        self.epoch.obey(message.term).map_err(|error| LinkError::Ended(format!("its term cannot be kept: {error}")))?;
+        let epoch = self.epoch.clone();
+        let kept = blocking(move || epoch.obey(message.term)).await?;
+        kept.map_err(|error| LinkError::Ended(format!("its term cannot be kept: {error}")))?;
+        let supervisor = self.supervisor.clone();
         match message.message {
-            Some(control_message::Message::Desired(desired)) => self.supervisor.apply_host(desired),
-            Some(control_message::Message::Instance(instance)) => self.supervisor.apply(instance),
+            Some(control_message::Message::Desired(desired)) => {
+                blocking(move || supervisor.apply_host(desired)).await?
+            }
+            Some(control_message::Message::Instance(instance)) => blocking(move || supervisor.apply(instance)).await?,
             Some(control_message::Message::GetConsoleOutput(command)) => {
                 let report = self.console_output(command.request_id, &command.instance_id);
                 // If it cannot be sent the session ends, which is noticed elsewhere.
@@ -140,6 +145,11 @@ impl Session {
         };
         tokio::spawn(async move { console::relay(client, command.session_id, &socket).await });
     }
+}
+
+/// Runs file work off the runtime's own threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LinkError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| LinkError::Ended(error.to_string()))
 }
 
 async fn send(out: &mpsc::Sender<AgentMessage>, message: agent_message::Message) -> Result<(), ()> {

@@ -154,10 +154,11 @@ impl Running {
     /// The next report of an instance in that state.
     async fn report(&mut self, instance: &InstanceId, state: ObservedState) -> v1::InstanceReport {
         loop {
-            if let agent_message::Message::Report(report) = self.next().await {
-                if report.instance_id == instance.as_str() && report.state() == state {
-                    return report;
-                }
+            if let agent_message::Message::Report(report) = self.next().await
+                && report.instance_id == instance.as_str()
+                && report.state() == state
+            {
+                return report;
             }
         }
     }

@@ -319,6 +319,7 @@ impl Agent {
             admission: Admission::new(capacity, 100),
             calibration: Calibration { machine: "test".into(), threads: 4, ecu_milli_per_thread: 1000 },
             reports: Reports::default(),
+            starts: Arc::new(tokio::sync::Semaphore::new(2)),
             stop_timeout: Duration::from_secs(90),
             terminate_timeout: Duration::from_secs(10),
             mtu: 1500,
