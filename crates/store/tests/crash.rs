@@ -6,12 +6,13 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Process, child_store, report};
 use hearth_store::leader::campaign;
-use hearth_store::sqlite::{Options, SqliteStore};
+use hearth_store::sqlite::{self, Options, SqliteStore};
 use hearth_store::{Error, EventKind, KeyValue, LeaseId, RangeRequest, Revision, Store, Txn, TxnOutcome, list};
 
 const TASKS: usize = 8;
@@ -206,4 +207,61 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
     }
     println!("{KILLS} kills, {} transactions acknowledged, revision {}", known.acknowledged, known.revision);
     assert!(known.acknowledged > KILLS, "too little was written for the kills to mean anything");
+}
+
+/// The child: makes stores, backs them up and restores them, for ever.
+async fn make_stores_for_ever(first: &Path) {
+    for round in 0.. {
+        let path = first.with_extension(format!("{round}.db"));
+        let store = SqliteStore::open(&path).unwrap();
+        for n in 0..3 {
+            store.txn(Txn::new().put("/n", n.to_string())).await.unwrap();
+        }
+        store.backup(&path.with_extension("backup")).await.unwrap();
+        sqlite::restore(&path.with_extension("backup"), &path.with_extension("restored")).unwrap();
+        report("MADE");
+    }
+}
+
+#[test]
+fn kill_9_leaves_no_half_made_file_under_a_final_name() {
+    if let Some(path) = child_store() {
+        runtime().block_on(make_stores_for_ever(Path::new(&path)));
+        return;
+    }
+    let mut files = 0;
+    let mut cut_short = 0;
+    for _ in 0..15 {
+        let directory = tempfile::tempdir().unwrap();
+        let child =
+            Process::start("kill_9_leaves_no_half_made_file_under_a_final_name", &directory.path().join("store.db"));
+        for _ in 0..rand::random_range(0..3) {
+            child.next().expect("the maker ended by itself");
+        }
+        std::thread::sleep(Duration::from_micros(rand::random_range(0..30_000)));
+        child.kill();
+        let names: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        cut_short += names.iter().filter(|path| path.to_string_lossy().contains(".partial")).count();
+        for path in names {
+            let kind = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+            if !["db", "backup", "restored"].contains(&kind.as_str()) {
+                continue;
+            }
+            files += 1;
+            let store = SqliteStore::open(&path).unwrap();
+            runtime().block_on(async {
+                let n = store.get("/n").await.unwrap();
+                if kind != "db" {
+                    assert_eq!(n.unwrap().value, "2");
+                }
+                // A backup or restore that was cut short does not stand in the way of the next.
+                store.txn(Txn::new().put("/n", "again")).await.unwrap();
+                let again = path.with_extension(format!("{kind}.backup"));
+                store.backup(&again).await.unwrap();
+                sqlite::restore(&again, &again.with_extension("restored")).unwrap();
+            });
+        }
+    }
+    println!("{files} files, {cut_short} half-made ones under provisional names");
+    assert!(files > 15, "too little was made for the kills to mean anything: {files} files");
 }
