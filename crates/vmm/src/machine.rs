@@ -78,8 +78,8 @@ fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { action, source }
 }
 
-/// Most disks and NICs together that have a PCI slot beside the host bridge and the entropy source.
-const MAX_DEVICES: usize = 30;
+/// Most disks and NICs together that have a PCI slot beside the host bridge, the entropy source and the balloon.
+const MAX_DEVICES: usize = 29;
 /// Longest volume serial, in bytes (virtio 1.2 section 5.2.6.1).
 const MAX_SERIAL: usize = 20;
 /// Most request queues of one disk.
@@ -153,6 +153,11 @@ impl Machine {
         validate(spec)?;
         let vm = Vm::new(fds.take(spec.kvm, "kvm device")?)?;
         let memory = Memory::new(spec.memory_mib)?;
+        let bits = cpuid::physical_address_bits(vm.supported_cpuid());
+        if memory.layout().pci_mmio64() + layout::PCI_MMIO64_SIZE > 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX) {
+            let text = format!("{} MiB of memory do not fit into this host's {bits}-bit addresses", spec.memory_mib);
+            return Err(MachineError::Spec(text));
+        }
         vm.set_memory(&memory)?;
         let events = Arc::new(EventQueue::new().map_err(host("make an eventfd"))?);
         let sink: Arc<dyn EventSink> = Arc::clone(&events) as Arc<dyn EventSink>;
@@ -225,6 +230,8 @@ impl Machine {
         }
         let first = vcpu_fds.first().ok_or(KvmError::VcpuCount(spec.vcpus))?;
         let coalesced = CoalescedWrites::new(&vm.fd(), first)?;
+        let io_sink = Arc::clone(&sink);
+        devices.on_failure(move |text| io_sink.raise(MachineEvent::HostFailed(text)));
         let on_failure = Arc::new(move |failure| {
             sink.raise(match failure {
                 VcpuFailure::Crash(text) => MachineEvent::Crashed(text),
@@ -270,8 +277,11 @@ impl Machine {
     /// Stops vCPUs, then devices.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         self.need(&[MachineState::Running], "running")?;
-        self.vcpus.park()?;
-        self.io.pause()?;
+        let paused = self.vcpus.park().map_err(MachineError::from).and_then(|()| Ok(self.io.pause()?));
+        if let Err(error) = paused {
+            self.vcpus.run();
+            return Err(error);
+        }
         self.state = MachineState::Paused;
         Ok(())
     }
@@ -351,6 +361,7 @@ fn take_devices(spec: &MachineSpec, fds: &mut Descriptors) -> Result<DeviceList,
     for nic in &spec.nics {
         devices.nics.push(Nic { mac: nic.mac, mtu: nic.mtu, tap: fds.take(nic.tap, "tap")? });
     }
+    devices.balloon = true;
     devices.rng = spec.rng.map(|index| fds.take(index, "entropy source").map(File::from)).transpose()?;
     devices.balloon = true;
     Ok(devices)

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 use super::protocol::{
@@ -403,7 +403,7 @@ pub fn inherited_listener(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor is open (just checked), and nothing else in this process owns it: the parent passed it for this.
     let owned = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-    let listening = getsockopt(&BorrowedFd::from(owned.as_fd()), sockopt::AcceptConn)?;
+    let listening = getsockopt(&owned, sockopt::AcceptConn)?;
     if listening { Ok(owned) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a listening socket")) }
 }
 

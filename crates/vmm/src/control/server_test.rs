@@ -101,7 +101,7 @@ fn a_spec_that_cannot_be_is_refused_with_its_reason() {
         (MachineSpec { kvm: 9, ..spec() }, "descriptor 9, but only 4 came"),
         (MachineSpec { disks: vec![disk("longer than twenty bytes", 1)], ..spec() }, "20 ASCII bytes"),
         (MachineSpec { disks: vec![disk("vol1", 0)], ..spec() }, "queues"),
-        (MachineSpec { disks: vec![disk("vol1", 1); 31], ..spec() }, "at most 30"),
+        (MachineSpec { disks: vec![disk("vol1", 1); 31], ..spec() }, "at most 29"),
         (MachineSpec { nics: vec![nic], ..spec() }, "group address"),
         (spec(), "kvm"),
     ] {

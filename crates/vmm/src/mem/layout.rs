@@ -124,7 +124,7 @@ pub const IOAPIC_PINS: usize = 8;
 pub const fn align_up(value: u64, align: u64) -> u64 {
     match value.checked_add(align - 1) {
         Some(sum) => sum & !(align - 1),
-        None => u64::MAX & !(align - 1),
+        None => !(align - 1),
     }
 }
 
@@ -236,7 +236,7 @@ mod tests {
         for pair in windows.windows(2) {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{:x?}", pair);
         }
-        assert!(KVM_TSS + 3 * PAGE_SIZE <= MMIO_HOLE_END);
+        const { assert!(KVM_TSS + 3 * PAGE_SIZE <= MMIO_HOLE_END) };
     }
 
     #[test]

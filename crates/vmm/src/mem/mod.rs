@@ -142,7 +142,7 @@ impl Memory {
     pub fn map_file(&self, file: &File, offset: u64, address: u64, size: u64) -> Result<(), MemoryError> {
         let mapped = layout::align_up(size, PAGE_SIZE);
         let fail = |source| MemoryError::Map { address, size, source };
-        if offset % PAGE_SIZE != 0 || address % PAGE_SIZE != 0 {
+        if !offset.is_multiple_of(PAGE_SIZE) || !address.is_multiple_of(PAGE_SIZE) {
             return Err(fail(io::Error::from_raw_os_error(libc::EINVAL)));
         }
         let host = self.host_address(address, mapped)?;

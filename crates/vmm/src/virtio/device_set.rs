@@ -91,6 +91,7 @@ pub struct DeviceSet {
     bus: Arc<PciBus>,
     commands: CommandSender,
     io_loop: Option<IoLoop>,
+    on_failure: Option<Box<dyn FnOnce(String) + Send>>,
 }
 
 impl DeviceSet {
@@ -134,6 +135,11 @@ impl DeviceSet {
         self.io_loop.take().unwrap()
     }
 
+    /// Calls `told` from the I/O thread if that ends without having been told to: the machine cannot go on. Before `start`.
+    pub fn on_failure(&mut self, told: impl FnOnce(String) + Send + 'static) {
+        self.on_failure = Some(Box::new(told));
+    }
+
     /// Spawns the I/O thread. `on_start` runs first in that thread (seccomp filter, thread name in logs); its error ends
     /// the thread. Call once; devices answer register accesses before, but queues move only after.
     pub fn start(
@@ -141,12 +147,18 @@ impl DeviceSet {
         on_start: impl FnOnce() -> std::io::Result<()> + Send + 'static,
     ) -> Result<IoThread, VirtioError> {
         let io_loop = self.io_loop.take().ok_or(VirtioError::AlreadyStarted)?;
+        let on_failure = self.on_failure.take();
         let thread = std::thread::Builder::new()
             .name("io".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                on_start().map_err(|source| VirtioError::Setup { what: "thread start hook", source })?;
-                io_loop.run()
+                let result = on_start()
+                    .map_err(|source| VirtioError::Setup { what: "thread start hook", source })
+                    .and_then(|()| io_loop.run());
+                if let (Err(error), Some(told)) = (&result, on_failure) {
+                    told(error.to_string());
+                }
+                result
             })
             .map_err(|source| VirtioError::Setup { what: "thread", source })?;
         Ok(IoThread { commands: self.commands.clone(), thread: Some(thread) })
@@ -248,7 +260,7 @@ impl Builder {
 
     pub(crate) fn finish(self) -> Result<DeviceSet, VirtioError> {
         let io_loop = IoLoop::new(self.commands.clone(), self.platform.memory, self.devices)?;
-        Ok(DeviceSet { bus: self.bus, commands: self.commands, io_loop: Some(io_loop) })
+        Ok(DeviceSet { bus: self.bus, commands: self.commands, io_loop: Some(io_loop), on_failure: None })
     }
 }
 

@@ -257,6 +257,10 @@ impl BlockBackend {
         Ok(())
     }
 
+    fn signal(&mut self) -> Result<(), QueueError> {
+        self.started().try_for_each(VirtQueue::signal_used)
+    }
+
     fn started(&mut self) -> impl Iterator<Item = &mut VirtQueue> {
         self.queues.iter_mut().flatten()
     }
@@ -305,11 +309,13 @@ impl Backend for BlockBackend {
                 }
             }
             more |= self.turn_volume()?;
-            for queue in self.started() {
-                queue.signal_used()?;
+            if more {
+                // Perhaps the driver has added to it meanwhile: one interrupt for all.
+                continue;
             }
+            self.signal()?;
             // Without room, completions call again.
-            if accept && !more && self.has_room() {
+            if accept && self.has_room() {
                 for queue in self.started() {
                     more |= queue.enable_notification()?;
                 }
@@ -318,6 +324,7 @@ impl Backend for BlockBackend {
                 return Ok(false);
             }
         }
+        self.signal()?;
         Ok(true)
     }
 
