@@ -11,6 +11,7 @@ use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::api_error::{ApiError, ApiResult};
+use crate::clock;
 use crate::config::ControlConfig;
 use crate::console::Consoles;
 use crate::error::ControlError;
@@ -75,7 +76,12 @@ impl Core {
     ) -> Self {
         let live = Live::new(config.host_timeout);
         let mut placement = Placement::new();
-        for host in tables.hosts.keys() {
+        let long_ago = clock::now_ms().saturating_sub(clock::as_ms(config.host_timeout));
+        for (host, entry) in &tables.hosts {
+            // What was connected when the last control plane ended gets time to come back, what was not does not.
+            if entry.status.as_ref().is_none_or(|status| !status.connected && status.last_seen_ms < long_ago) {
+                live.gone_before(host);
+            }
             placement.sync_host(&tables, host, live.is_up(host));
         }
         for instance in tables.instances.keys() {

@@ -1,8 +1,8 @@
-//! The region: API services, accounts, reconcilers and scheduling.
+#![doc = include_str!("../README.md")]
 //!
-//! [`Control::start`] opens a control plane, [`Control::serve`] answers calls. One TLS port serves users (bearer tokens),
-//! agents (client certificates of the cluster's own CA), `grpc.health.v1` and gRPC reflection. How calls become records, and
-//! records desired state of hosts, is described in `docs/control-plane.md`.
+//! # Entry points
+//! [`Control::start`] opens a control plane, [`Control::serve`] answers calls, [`run`] does both. One TLS port serves users
+//! (bearer tokens), agents (client certificates of the cluster's own CA), `grpc.health.v1` and gRPC reflection.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 pub mod config;

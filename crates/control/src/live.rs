@@ -29,6 +29,8 @@ struct LiveHost {
     session: Option<SessionHandle>,
     /// Since when there is no session.
     lost: Option<Instant>,
+    /// It was gone already when this control plane started.
+    gone_before: bool,
     last_seen_ms: u64,
     /// Something that this host should know has changed.
     kick: Arc<Notify>,
@@ -54,6 +56,11 @@ impl Live {
         }
     }
 
+    /// Notes, at the start, that a host has been gone for longer than is allowed.
+    pub fn gone_before(&self, host: &str) {
+        self.hosts.lock().entry(host.to_owned()).or_default().gone_before = true;
+    }
+
     /// Registers a new session of a host and ends the one before.
     pub fn open(
         &self,
@@ -69,6 +76,7 @@ impl Live {
             older.end.cancel();
         }
         live.lost = None;
+        live.gone_before = false;
         live.last_seen_ms = clock::now_ms();
         (handle, live.kick.clone())
     }
@@ -111,6 +119,7 @@ impl Live {
         let hosts = self.hosts.lock();
         match hosts.get(host) {
             Some(LiveHost { session: Some(_), .. }) => true,
+            Some(LiveHost { gone_before: true, .. }) => false,
             Some(LiveHost { lost: Some(lost), .. }) => lost.elapsed() < self.host_timeout,
             // Not heard of since this control plane started.
             _ => self.started.elapsed() < self.host_timeout,

@@ -215,3 +215,35 @@ async fn silent_hosts_are_cut_off_and_greetings_checked() {
         assert_eq!(client.session(stream).await.unwrap_err().code(), Code::InvalidArgument);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_connected_hosts_get_time_and_dead_ones_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = config(dir.path());
+    settings.host_timeout = std::time::Duration::from_secs(1);
+    let cloud = Cloud::start_with(settings.clone()).await;
+    let (dead, session) = FakeAgent::connected(&cloud, "host-a").await;
+    let mut user = cloud.user().await;
+    let image = user.import("debian").await;
+    drop(session);
+    user.wait_host(&dead.host_id, |host| !host.connected).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let (_alive, session) = FakeAgent::connected(&cloud, "host-b").await;
+    cloud.stop().await.unwrap();
+    drop(session);
+    settings.host_timeout = std::time::Duration::from_secs(3600);
+    // With an hour's patience only what the store says decides.
+    let cloud = Cloud::start_with(settings.clone()).await;
+    let mut user = cloud.user().await;
+    let answer = user.run(request(&image, "t3.nano")).await.unwrap();
+    let first = answer.instances[0].clone();
+    assert_eq!(first.state(), S::Pending);
+    cloud.stop().await.unwrap();
+    settings.host_timeout = std::time::Duration::from_millis(1);
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let cloud = Cloud::start_with(settings).await;
+    let mut user = cloud.user().await;
+    let error = user.run(request(&image, "t3.nano")).await.unwrap_err();
+    assert!(error.message().contains("down"), "{}", error.message());
+    assert_eq!(user.get(&first.instance_id).await.state(), S::Pending, "what was acknowledged stays");
+}
