@@ -1,15 +1,15 @@
 //! Files that must be whole or absent, whenever the power fails.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::ControlError;
 
-/// Makes a folder and its parents.
+/// Makes a folder and its parents, for this user alone: there are secrets and other people's disks in it.
 pub(crate) fn make_dir(path: &Path) -> Result<(), ControlError> {
-    std::fs::create_dir_all(path).map_err(ControlError::io("make folder", path))
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(ControlError::io("make folder", path))
 }
 
 /// Makes renames and deletions in a folder durable.

@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use hearth_types::credentials::{AUTHORIZATION_METADATA, REQUEST_ID_METADATA};
 use http::{HeaderValue, Request, Response};
-use tonic::Status;
 use tonic::body::Body;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use crate::api_error::{ApiError, ApiResult};
@@ -130,16 +130,19 @@ where
     }
 }
 
-/// A streaming call is logged when its answer begins. A status in the headers is an error: successes end in trailers.
+/// A streaming call is logged when its answer begins. A status in the headers is an error: successes end in trailers. Calls
+/// that change nothing are for debugging.
 fn log(method: &str, who: &Who, request_id: &str, begun: Instant, response: &Response<Body>) {
-    let ms = begun.elapsed().as_secs_f64() * 1e3;
-    let code = response.headers().get("grpc-status").and_then(|code| code.to_str().ok()).unwrap_or("0");
-    match code {
-        "0" if method.starts_with(API_PREFIX) => tracing::info!(method, %who, request_id, ms, "call"),
-        "0" => tracing::debug!(method, %who, request_id, ms, "call"),
-        code => {
-            let message = response.headers().get("grpc-message").and_then(|text| text.to_str().ok()).unwrap_or("");
-            tracing::info!(method, %who, request_id, ms, code, message, "call failed");
-        }
+    let micros = begun.elapsed().as_micros();
+    if let Some(status) = Status::from_header_map(response.headers()).filter(|status| status.code() != Code::Ok) {
+        let code = format!("{:?}", status.code());
+        return tracing::info!(method, %who, request_id, micros, code, error = status.message(), "call failed");
+    }
+    let name = method.rsplit('/').next().unwrap_or_default();
+    let reads = ["List", "Get", "Watch", "Check", "ServerReflectionInfo"];
+    if reads.iter().any(|read| name.starts_with(read)) {
+        tracing::debug!(method, %who, request_id, micros, "call");
+    } else {
+        tracing::info!(method, %who, request_id, micros, "call");
     }
 }

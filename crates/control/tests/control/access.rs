@@ -15,6 +15,9 @@ use crate::cloud::{Cloud, User, config, reason, request};
 async fn only_valid_tokens_get_in_and_operators_alone_see_hosts() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
+    for folder in ["pki", "images", "spool"] {
+        assert_eq!(std::fs::metadata(dir.path().join(folder)).unwrap().permissions().mode() & 0o777, 0o700);
+    }
     let path = dir.path().join("admin.json");
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let channel = cloud.channel().await;
