@@ -12,6 +12,7 @@ const FIRST_CAPABILITY: usize = 0x40;
 /// Command register: memory decoding, bus master, parity response, SERR#, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0002 | 0x0004 | 0x0040 | 0x0100 | 0x0400;
 const COMMAND_MEMORY: u16 = 0x0002;
+const COMMAND_BUS_MASTER: u16 = 0x0004;
 const STATUS_CAPABILITIES: u16 = 0x0010;
 /// 64-bit memory BAR, prefetchable (so that Linux places it in the 64-bit window).
 const BAR_FLAGS: u32 = 0x4 | 0x8;
@@ -152,6 +153,11 @@ impl ConfigSpace {
         let mut bytes = [0; 4];
         self.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)
+    }
+
+    /// The function may access memory.
+    pub fn bus_master(&self) -> bool {
+        self.u16_at(COMMAND) & COMMAND_BUS_MASTER != 0
     }
 
     /// Where the BAR answers: its index, address and size; `None` while memory decoding is off.

@@ -222,7 +222,7 @@ impl IoLoop {
         }
         for device in &mut self.devices {
             if std::mem::take(&mut device.runnable) {
-                let accept = !self.paused && device.state == State::Active;
+                let accept = !self.paused && device.state == State::Active && device.shared.bus_master();
                 match device.backend.run(accept) {
                     Ok(more) => device.runnable = more,
                     Err(error) => device.break_down(&error),

@@ -129,6 +129,7 @@ pub(crate) struct DeviceShared {
     queues_resetting: AtomicU64,
     config: Mutex<Vec<u8>>,
     generation: AtomicU8,
+    bus_master: AtomicBool,
 }
 
 impl DeviceShared {
@@ -140,7 +141,19 @@ impl DeviceShared {
             queues_resetting: AtomicU64::new(0),
             config: Mutex::new(config),
             generation: AtomicU8::new(0),
+            bus_master: AtomicBool::new(false),
         }
+    }
+
+    /// The guest lets the function access memory (PCI command register). A kernel that starts another one takes this away
+    /// from devices it does not reset.
+    pub(crate) fn bus_master(&self) -> bool {
+        self.bus_master.load(Ordering::Acquire)
+    }
+
+    /// True when that changed.
+    pub(crate) fn set_bus_master(&self, on: bool) -> bool {
+        self.bus_master.swap(on, Ordering::AcqRel) != on
     }
 
     /// The device status register.

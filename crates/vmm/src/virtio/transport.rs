@@ -213,13 +213,19 @@ impl PciDevice for VirtioPci {
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) -> bool {
-        let (moved, control) = {
+        let (moved, control, master) = {
             let mut config = lock(&self.config);
             let before = config.u16_at(self.msix_control);
             let moved = config.write(offset, data);
             let after = config.u16_at(self.msix_control);
-            (moved, (before != after).then_some(after))
+            (moved, (before != after).then_some(after), config.bus_master())
         };
+        if self.shared.set_bus_master(master) && master {
+            // What the driver asked for meanwhile is still due.
+            for doorbell in &lock(&self.registers).doorbells {
+                let _ = doorbell.event.write(1);
+            }
+        }
         if let Some(control) = control {
             self.shared.interrupt.with_msix(|msix| msix.set_control(control));
         }

@@ -221,3 +221,14 @@ fn requests_taken_just_before_a_queue_breaks_are_still_finished() {
     assert_ne!(driver.status(&machine) & NEEDS_RESET, 0);
     driver.reset(&mut machine);
 }
+
+#[test]
+fn a_function_that_is_no_bus_master_leaves_memory_alone() {
+    let mut setup = setup(1);
+    setup.machine.config_write(1, 4, &[0x02, 0x04]);
+    setup.add_read(0);
+    assert_eq!(setup.held.waiting(), 0);
+    setup.machine.config_write(1, 4, &[0x06, 0x04]);
+    setup.machine.turn();
+    assert_eq!(setup.held.waiting(), 1);
+}
