@@ -71,7 +71,7 @@ fn patches() -> impl Strategy<Value = Vec<(u64, Vec<u8>)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(feature = "long-tests") { 200_000 } else { 1500 }))]
+    #![proptest_config(cases(1500))]
     #[test]
     fn damaged_disks_harm_nobody(patches in patches()) {
         let disk = Arc::new(Damaged { base: good(), patches, read: AtomicU64::new(0) });

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use crate::boot::grub::{GrubBoot, GrubFile, GrubHost, GrubOutcome, SearchBy, run};
+use crate::boot::tests::support::cases;
 use proptest::prelude::*;
 
 /// One device, `hd0,gpt1`, with these files; UUID "u-1".
@@ -185,7 +186,7 @@ fn blscfg_hands_over_with_its_variables() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(cases(400))]
     #[test]
     fn no_text_makes_the_interpreter_panic(text in r#"([a-z]|[ \n;'"$\{\}\\#=]|if |then |else |fi |while |do |done |menuentry |linux |set |\[ | \]|\$a){0,120}"#) {
         let _ = boot(&Host::default(), &text);

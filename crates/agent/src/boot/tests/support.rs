@@ -12,6 +12,12 @@ pub const TYPE_LINUX: &str = "0fc63daf-8483-4772-8e79-3d69d8477de4";
 pub const TYPE_ROOT: &str = TYPE_ROOT_X86_64;
 pub const FS_UUID: &str = "6e2a4b1c-9f3d-4a57-8c21-0d5b7e9f1a23";
 
+/// `usual` cases, or as many as PROPTEST_CASES says: for long runs.
+pub fn cases(usual: u32) -> proptest::test_runner::Config {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
+    proptest::test_runner::Config::with_cases(cases)
+}
+
 pub type Files<'a> = BTreeMap<&'a str, Vec<u8>>;
 
 /// A file the size of nothing that passes for a bzImage.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::world::*;
+use crate::boot::tests::support::cases;
 use crate::launch::VmmEnd;
 use hearth_proto::v1::{ObservedState as State, RunState};
 
@@ -138,7 +139,7 @@ async fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(feature = "long-tests") { 3000 } else { 60 }))]
+    #![proptest_config(cases(60))]
     #[test]
     fn whatever_happens_it_converges_and_leaves_nothing(steps in prop::collection::vec(step(), 0..40)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
