@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Instant;
 
+use crate::boot::Placement;
 use crate::console_ring;
 use crate::control::protocol::{BootSpec, ConsoleSpec, DiskSpec, FdIndex, MachineSpec, NicSpec, exit};
 use crate::control::server::{Server, log};
@@ -26,6 +27,7 @@ Options of hearth-vmm run:
   --console stdio|none|SOCKET                 COM1; default stdio
   --console-ring FILE     keep the last output there
   --control SOCKET        listen for control connections there
+  --map-images            map kernel and initrd copy-on-write instead of copying them
   --report                print counters and memory use to standard error at the end
   --uuid UUID --instance-id ID --instance-type TYPE
 ";
@@ -48,6 +50,7 @@ struct Options {
     console_ring: Option<String>,
     control: Option<String>,
     report: bool,
+    map_images: bool,
     uuid: Option<[u8; 16]>,
     instance_id: Option<String>,
     instance_type: Option<String>,
@@ -115,6 +118,7 @@ fn parse<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<Options, String
             "--console" => options.console = Some(value()?),
             "--console-ring" => options.console_ring = Some(value()?),
             "--control" => options.control = Some(value()?),
+            "--map-images" => options.map_images = true,
             "--report" => options.report = true,
             "--uuid" => options.uuid = Some(parse_uuid(&value()?)?),
             "--instance-id" => options.instance_id = Some(value()?),
@@ -218,7 +222,8 @@ fn create(options: &Options, born: Instant) -> Result<(Machine, Option<OwnedFd>,
         socket::listen_at(Path::new(path)).map_err(|e| format!("cannot listen on {path}: {e}"))
     });
     let control = control.transpose()?;
-    let mut machine = Machine::create(&spec, Descriptors::new(fds.0), born).map_err(|e| e.to_string())?;
+    let placement = if options.map_images { Placement::Map } else { Placement::Copy };
+    let mut machine = Machine::create(&spec, Descriptors::new(fds.0), placement, born).map_err(|e| e.to_string())?;
     if console == "stdio" {
         machine.console().add_stdio(standard(0)?, standard(1)?);
     }

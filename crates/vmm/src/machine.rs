@@ -148,13 +148,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine; its vCPUs wait. `born` is when the process started.
-    pub fn create(spec: &MachineSpec, mut fds: Descriptors, born: Instant) -> Result<Self, MachineError> {
+    /// Builds the machine; its vCPUs wait. `placement` is how kernel and initrd get into memory, `born` when the process started.
+    pub fn create(
+        spec: &MachineSpec,
+        mut fds: Descriptors,
+        placement: Placement,
+        born: Instant,
+    ) -> Result<Self, MachineError> {
         validate(spec)?;
         let vm = Vm::new(fds.take(spec.kvm, "kvm device")?)?;
         let memory = Memory::new(spec.memory_mib)?;
         let bits = cpuid::physical_address_bits(vm.supported_cpuid());
-        if memory.layout().pci_mmio64() + layout::PCI_MMIO64_SIZE > 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX) {
+        if memory.layout().pci_mmio64() + layout::PCI_MMIO64_SIZE
+            > 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX)
+        {
             let text = format!("{} MiB of memory do not fit into this host's {bits}-bit addresses", spec.memory_mib);
             return Err(MachineError::Spec(text));
         }
@@ -205,13 +212,7 @@ impl Machine {
         smbios::write(&memory, &identity)?;
         memory.write(layout::RESET_VECTOR, &power::reset_vector(port::ACPI_POWER))?;
         let rsdp = crate::acpi::tables::write(&memory, spec.vcpus)?;
-        let images = Images {
-            kernel: &kernel,
-            initrd: initrd.as_ref(),
-            cmdline: &spec.boot.cmdline,
-            kernel_placement: Placement::Copy,
-            initrd_placement: Placement::Copy,
-        };
+        let images = Images { kernel: &kernel, initrd: initrd.as_ref(), cmdline: &spec.boot.cmdline, placement };
         let entry = boot::load(&memory, &images, rsdp)?;
         boot::start::write_tables(&memory, entry)?;
 

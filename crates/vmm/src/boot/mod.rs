@@ -55,6 +55,10 @@ pub enum BootError {
 }
 
 /// How images get into guest memory.
+///
+/// Copying is what machines do: a stock kernel patches nearly every page of itself at boot (alternatives, static calls,
+/// ftrace), and mapped pages cost the guest two faults each, of 4 KiB. Measured with Debian's 6.1 kernel on an emulated host:
+/// 39 faults in all when copied into huge pages, 12,000 and 0.6 s more until init when mapped, against 10 MiB and 70 ms saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
     /// Pages of the file are mapped copy-on-write, so that guests share the clean ones.
@@ -72,10 +76,8 @@ pub struct Images<'a> {
     pub initrd: Option<&'a File>,
     /// Kernel command line without NUL.
     pub cmdline: &'a str,
-    /// How the kernel's segments are placed.
-    pub kernel_placement: Placement,
-    /// How the initrd is placed.
-    pub initrd_placement: Placement,
+    /// How they are placed.
+    pub placement: Placement,
 }
 
 /// A range of guest memory.
@@ -131,7 +133,7 @@ fn load_initrd(memory: &Memory, images: &Images<'_>, kernel: Range, limit: u64) 
     if start < kernel.end() || start < HIGH_RAM {
         return Err(too_big);
     }
-    place(memory, images.initrd_placement, file, WHAT, 0, Range { start, size })?;
+    place(memory, images.placement, file, WHAT, 0, Range { start, size })?;
     Ok(Some(Range { start, size }))
 }
 

@@ -36,7 +36,7 @@ pub fn load(memory: &Memory, images: &Images<'_>, rsdp: u64) -> Result<Entry, Bo
     }
     for segment in &image.segments {
         let target = Range { start: segment.address, size: segment.file_size };
-        place(memory, images.kernel_placement, images.kernel, "kernel", segment.offset, target)?;
+        place(memory, images.placement, images.kernel, "kernel", segment.offset, target)?;
     }
     let initrd = load_initrd(memory, images, kernel, MMIO_HOLE)?;
     write_start_info(memory, initrd, rsdp)?;

@@ -64,13 +64,7 @@ fn file(bytes: &[u8]) -> File {
 
 fn boot(memory: &Memory, kernel: &[u8], initrd: Option<&[u8]>, placement: Placement) -> Result<Entry, BootError> {
     let (kernel, initrd) = (file(kernel), initrd.map(file));
-    let images = Images {
-        kernel: &kernel,
-        initrd: initrd.as_ref(),
-        cmdline: "console=ttyS0",
-        kernel_placement: placement,
-        initrd_placement: placement,
-    };
+    let images = Images { kernel: &kernel, initrd: initrd.as_ref(), cmdline: "console=ttyS0", placement };
     load(memory, &images, layout::ACPI_TABLES)
 }
 
@@ -147,13 +141,7 @@ fn wrong_inputs_are_named() {
     big.set_len(200 << 20).unwrap();
     let kernel = file(&elf(0x1000, 0));
     let placement = Placement::Copy;
-    let images = Images {
-        kernel: &kernel,
-        initrd: Some(&big),
-        cmdline: "",
-        kernel_placement: placement,
-        initrd_placement: placement,
-    };
+    let images = Images { kernel: &kernel, initrd: Some(&big), cmdline: "", placement };
     assert!(matches!(load(&memory, &images, 0), Err(BootError::TooBig { what: "initrd", .. })));
     let long = "x".repeat(COMMAND_LINE_MAX + 1);
     for cmdline in [long.as_str(), "a\0b"] {

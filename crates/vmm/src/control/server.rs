@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::protocol::{
     Command, Event, MAX_MESSAGE_BYTES, MachineState, Message, Outcome, PROTOCOL_VERSION, Reply, Request, exit,
 };
 use super::socket::{self, Packet};
+use crate::boot::Placement;
 use crate::events::MachineEvent;
 use crate::machine::{Descriptors, Machine};
 use crate::memory_use;
@@ -17,6 +18,9 @@ use crate::memory_use;
 const MAX_KEPT_EVENTS: usize = 16;
 /// Bytes of console input taken from clients before the guest has room for them.
 const INPUT_BUFFER: usize = 4096;
+
+/// How long console output is gathered before it is passed on.
+const OUTPUT_DELAY: Duration = Duration::from_millis(2);
 
 /// Serves one machine until it ends.
 pub struct Server {
@@ -30,6 +34,8 @@ pub struct Server {
     kept: Vec<Event>,
     /// Console input the guest has no room for yet.
     input: Vec<u8>,
+    /// When console output that has begun is passed on.
+    flush_at: Option<Instant>,
 }
 
 /// How a turn of the loop ended.
@@ -62,6 +68,7 @@ impl Server {
             report: None,
             kept: Vec::new(),
             input: Vec::new(),
+            flush_at: None,
         })
     }
 
@@ -83,15 +90,17 @@ impl Server {
             report,
             kept: Vec::new(),
             input: Vec::new(),
+            flush_at: None,
         })
     }
 
     /// Runs until the machine ends; the exit code for the process.
     pub fn run(mut self) -> i32 {
         loop {
+            let timeout = self.poll_timeout();
             let (sources, mut polls) = self.watch();
             // SAFETY: the array is valid for its length; its descriptors are owned by `self` and stay open meanwhile.
-            let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, -1) };
+            let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
             if ready < 0 {
                 let error = io::Error::last_os_error();
                 if error.kind() == io::ErrorKind::Interrupted {
@@ -115,6 +124,18 @@ impl Server {
         }
     }
 
+    /// Milliseconds until console output is due; -1 when there is none. Passes on what is due now.
+    fn poll_timeout(&mut self) -> i32 {
+        let Some(at) = self.flush_at else { return -1 };
+        let left = at.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            self.flush_at = None;
+            self.with_console(|machine| machine.console().send_output());
+            return 0;
+        }
+        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
     /// What to wait for now.
     fn watch(&self) -> (Vec<Source>, Vec<libc::pollfd>) {
         let mut sources = Vec::new();
@@ -132,7 +153,9 @@ impl Server {
         if let Some(machine) = &self.machine {
             let console = machine.console_ref();
             add(Source::MachineEvents, machine.events().wake_fd().as_raw_fd(), libc::POLLIN);
-            add(Source::ConsoleOutput, console.wake().as_raw_fd(), libc::POLLIN);
+            if self.flush_at.is_none() {
+                add(Source::ConsoleOutput, console.wake().as_raw_fd(), libc::POLLIN);
+            }
             if let Some(listener) = console.listener() {
                 add(Source::ConsoleListener, listener.as_raw_fd(), libc::POLLIN);
             }
@@ -160,7 +183,8 @@ impl Server {
             Source::Connection => return self.serve_connection(),
             Source::MachineEvents => return self.take_events(),
             Source::ConsoleListener => self.with_console(|machine| machine.console().accept()),
-            Source::ConsoleOutput => self.with_console(|machine| machine.console().send_output()),
+            // The guest prints byte by byte; until this is over its further bytes wake nobody.
+            Source::ConsoleOutput => self.flush_at = Some(Instant::now() + OUTPUT_DELAY),
             Source::SerialRoom => self.feed_guest(),
             Source::ConsoleClient(index) => self.serve_client(index, revents),
         }
@@ -265,7 +289,8 @@ impl Server {
             }),
             Command::Create(_) if machine.is_some() => Err("there is a machine already".to_owned()),
             Command::Create(spec) => {
-                let machine = Machine::create(&spec, Descriptors::new(fds), self.born).map_err(|e| e.to_string())?;
+                let machine = Machine::create(&spec, Descriptors::new(fds), Placement::Copy, self.born)
+                    .map_err(|e| e.to_string())?;
                 self.machine = Some(machine);
                 Ok(Outcome::Done)
             }
