@@ -64,7 +64,7 @@ pub struct NetworkConfig {
     pub instance_cidr: Ipv4Net,
     /// Masquerade what leaves the host.
     pub nat: bool,
-    /// Name servers handed to instances.
+    /// Name servers handed to instances; empty = this host's own.
     pub dns: Vec<Ipv4Addr>,
     /// MTU of instance NICs, in bytes.
     pub mtu: u16,

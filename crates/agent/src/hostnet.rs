@@ -1,5 +1,6 @@
 //! [`HostNet`] on the real network of the host.
 
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use async_trait::async_trait;
@@ -19,10 +20,26 @@ impl RealNetwork {
             bridge: config.bridge.clone(),
             instance_cidr: config.instance_cidr,
             nat: config.nat,
-            dns: config.dns.clone(),
+            dns: if config.dns.is_empty() { host_name_servers() } else { config.dns.clone() },
         };
         HostNetwork::start(config).await.map(Self)
     }
+}
+
+/// The name servers of this host that guests can reach too: those of resolv.conf(5), without what only this host's loopback
+/// answers. systemd-resolved keeps the real ones in a file of its own.
+fn host_name_servers() -> Vec<Ipv4Addr> {
+    let files = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+    let found = files.iter().map(|file| name_servers(&std::fs::read_to_string(file).unwrap_or_default()));
+    found.into_iter().find(|servers| !servers.is_empty()).unwrap_or_default()
+}
+
+fn name_servers(resolv_conf: &str) -> Vec<Ipv4Addr> {
+    let addresses = resolv_conf.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver")).then(|| words.next()?.parse::<Ipv4Addr>().ok())?
+    });
+    addresses.filter(|address| !address.is_loopback() && !address.is_unspecified()).take(4).collect()
 }
 
 fn failed(error: NetError) -> HostNetError {
@@ -71,5 +88,18 @@ impl HostNet for RealNetwork {
 
     fn has_lease(&self, instance: &InstanceId) -> bool {
         self.0.has_lease(instance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_name_servers_that_guests_can_reach_are_handed_out() {
+        let text = "# a comment\nsearch example.org\nnameserver 127.0.0.53\nnameserver 192.0.2.1\nnameserver ::1\n\
+                    nameserver\nnameserver 192.0.2.2 # second\n";
+        assert_eq!(name_servers(text), [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)]);
+        assert!(name_servers("").is_empty());
     }
 }

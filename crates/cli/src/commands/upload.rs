@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hearth_proto::v1::import_image_request::Message;
-use hearth_proto::v1::{BootOverride, Image, ImportImageHeader, ImportImageRequest, ImportImageResponse};
+use hearth_proto::v1::{BootOverride, Image, ImageState, ImportImageHeader, ImportImageRequest, ImportImageResponse};
 use hearth_snapshot::{Format, ImageError, detect, next_data};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::mpsc;
@@ -133,6 +133,11 @@ async fn receive(
 ) -> Result<Image, CliError> {
     while let Some(answer) = answers.message().await.map_err(|status| client.failure(status))? {
         if let Some(image) = answer.image {
+            if image.state() == ImageState::Failed {
+                let reason = image.state_reason.clone().unwrap_or_default();
+                let message = format!("{} is no image ({}): {}", image.name, image.image_id, reason.message);
+                return Err(CliError::Failed { message, reason: reason.code });
+            }
             return Ok(image);
         }
         if let Some(progress) = answer.progress {
