@@ -9,6 +9,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 use prost::Message;
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::api_error::{ApiError, ApiResult};
 use crate::clock;
@@ -46,6 +47,8 @@ pub(crate) struct Core {
     pub consoles: Consoles,
     pub token_locks: TokenLocks,
     pub imports: Arc<Semaphore>,
+    /// Work that goes on by itself; the end waits for it.
+    pub tasks: TaskTracker,
     /// Lets the reconcilers run now.
     pub reconcile: Notify,
     /// Cancelled when this control plane must stop acting.
@@ -91,6 +94,7 @@ impl Core {
             imports: Arc::new(Semaphore::new(config.max_concurrent_imports)),
             consoles: Consoles::default(),
             token_locks: TokenLocks::default(),
+            tasks: TaskTracker::new(),
             reconcile: Notify::new(),
             live,
             config,

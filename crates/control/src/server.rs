@@ -203,6 +203,11 @@ impl Control {
             // Who stays longer is cut off.
             None => tokio::time::timeout(DRAIN_TIMEOUT, &mut serving).await.unwrap_or(Ok(())),
         };
+        // Calls and uploads that were cut off still put things in order; the tables must be fed meanwhile.
+        core.tasks.close();
+        if tokio::time::timeout(DRAIN_TIMEOUT, core.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = core.tasks.len(), "work goes on that will be cut off");
+        }
         self.tasks.shutdown().await;
         match core.take_fatal() {
             Some(error) => return Err(error),

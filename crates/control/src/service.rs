@@ -31,9 +31,10 @@ pub(crate) struct Api {
 
 /// Runs work that must not stop halfway when its caller hangs up.
 pub(crate) async fn detached<T: Send + 'static>(
+    core: &Core,
     work: impl Future<Output = ApiResult<T>> + Send + 'static,
 ) -> ApiResult<T> {
-    match tokio::spawn(work).await {
+    match core.tasks.spawn(work).await {
         Ok(result) => result,
         Err(error) => Err(ApiError::internal(format!("the call ended unexpectedly: {error}"))),
     }

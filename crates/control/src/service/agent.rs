@@ -115,7 +115,7 @@ impl Api {
         // The caller may have gone.
         let _ = output.send(greeting).await;
         let stop = self.core.stop.clone();
-        tokio::spawn(async move {
+        self.core.tasks.spawn(async move {
             loop {
                 let message = tokio::select! {
                     message = agent.message() => message,
@@ -135,7 +135,7 @@ impl Api {
             }
         });
         let (down, stream) = mpsc::channel(crate::console::RELAY_QUEUE);
-        tokio::spawn(async move {
+        self.core.tasks.spawn(async move {
             while let Some(data) = input.recv().await {
                 if down.send(Ok(v1::ConsoleRelayDown { data })).await.is_err() {
                     return;
@@ -151,7 +151,7 @@ impl v1::agent_service_server::AgentService for Api {
     async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Answer<v1::EnrollResponse> {
         let core = self.core.clone();
         let request = request.into_inner();
-        Ok(Response::new(detached(async move { enroll::enroll(&core, request).await }).await?))
+        Ok(Response::new(detached(&self.core, async move { enroll::enroll(&core, request).await }).await?))
     }
 
     async fn renew_certificate(

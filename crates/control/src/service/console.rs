@@ -102,7 +102,7 @@ impl Api {
             Ok(None) | Err(_) => return Err(self.no_answer(&host)),
         };
         let stop = self.core.stop.clone();
-        tokio::spawn(async move {
+        self.core.tasks.spawn(async move {
             loop {
                 let message = tokio::select! {
                     message = user.message() => message,

@@ -230,7 +230,7 @@ impl v1::host_service_server::HostService for Api {
         auth::operator(&request)?;
         let api = self.clone();
         let request = request.into_inner();
-        super::detached(async move { api.do_remove_host(request).await }).await?;
+        super::detached(&self.core, async move { api.do_remove_host(request).await }).await?;
         Ok(Response::new(v1::RemoveHostResponse {}))
     }
 

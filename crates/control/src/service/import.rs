@@ -90,14 +90,19 @@ pub(crate) async fn start(
         client_token: header.client_token,
     };
     let worker_core = core.clone();
-    let begun = super::detached(async move { reserve(&core, &spec, token.as_ref()).await.map(|image| (spec, image)) });
+    let begun =
+        super::detached(
+            &worker_core,
+            async move { reserve(&core, &spec, token.as_ref()).await.map(|image| (spec, image)) },
+        );
     let (spec, replayed) = begun.await?;
     if let Some(image) = replayed {
         return Ok(Box::pin(tokio_stream::once(Ok(image))));
     }
     let (answers, stream) = mpsc::channel(16);
+    let tasks = worker_core.tasks.clone();
     let job = Job { core: worker_core, spec, file_bytes: header.file_bytes, format, answers, _permit: permit };
-    tokio::spawn(job.run(messages));
+    tasks.spawn(job.run(messages));
     Ok(Box::pin(ReceiverStream::new(stream)))
 }
 

@@ -246,7 +246,7 @@ impl v1::instance_service_server::InstanceService for Api {
         let account = auth::caller(&request)?.account_id;
         let api = self.clone();
         let request = request.into_inner();
-        Ok(Response::new(detached(async move { api.do_run_instances(account, request).await }).await?))
+        Ok(Response::new(detached(&self.core, async move { api.do_run_instances(account, request).await }).await?))
     }
 
     async fn list_instances(&self, request: Request<v1::ListInstancesRequest>) -> Answer<v1::ListInstancesResponse> {
@@ -264,7 +264,7 @@ impl v1::instance_service_server::InstanceService for Api {
         let account = auth::caller(&request)?.account_id;
         let api = self.clone();
         let ids = request.into_inner().instance_ids;
-        let changes = detached(async move { api.do_start(&account, &ids).await }).await?;
+        let changes = detached(&self.core, async move { api.do_start(&account, &ids).await }).await?;
         Ok(Response::new(v1::StartInstancesResponse { changes }))
     }
 

@@ -63,9 +63,10 @@ pub(crate) async fn open(
     let (out, stream) = mpsc::channel(OUT_QUEUE);
     let (ready, is_ready) = oneshot::channel();
     let sender = Sender { core: core.clone(), host: host.clone(), out, sent: HashMap::new() };
-    tokio::spawn(sender.run(commands, kick, is_ready, end.clone()));
+    core.tasks.spawn(sender.run(commands, kick, is_ready, end.clone()));
+    let tasks = core.tasks.clone();
     let receiver = Receiver { core, host, epoch: hello.agent_epoch, handle, ready: Some(ready), registered };
-    tokio::spawn(receiver.run(messages, end));
+    tasks.spawn(receiver.run(messages, end));
     Ok(ReceiverStream::new(stream))
 }
 
@@ -159,7 +160,7 @@ impl Drop for Registered {
         }
         self.core.host_changed(&self.host);
         let (core, host) = (self.core.clone(), self.host.clone());
-        tokio::spawn(async move { disconnected(&core, &host).await });
+        self.core.tasks.spawn(async move { disconnected(&core, &host).await });
     }
 }
 

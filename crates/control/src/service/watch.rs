@@ -31,7 +31,7 @@ impl Api {
         instance::find_all(&self.core.tables(), &account, &ids)?;
         let (sender, stream) = mpsc::channel(QUEUE);
         let watcher = Watcher { core: self.core.clone(), account, ids, shown: BTreeMap::new(), sender };
-        tokio::spawn(watcher.run(changes));
+        self.core.tasks.spawn(watcher.run(changes));
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
 }

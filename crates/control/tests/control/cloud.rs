@@ -209,8 +209,16 @@ impl Cloud {
     }
 
     pub async fn start_with(config: ControlConfig) -> Self {
-        let control = Control::start(config.clone()).await.unwrap();
-        Self::serve(control, &config)
+        loop {
+            match Control::start(config.clone()).await {
+                Ok(control) => return Self::serve(control, &config),
+                // The connections of the one before, in this same process, are not all gone yet.
+                Err(ControlError::Store(hearth_store::Error::InUse { .. })) => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     pub async fn start_on(config: ControlConfig, store: Arc<dyn Store>) -> Result<Self, ControlError> {

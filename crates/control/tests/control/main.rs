@@ -12,3 +12,4 @@ mod images;
 mod life;
 mod lists;
 mod placement;
+mod storm;
