@@ -188,7 +188,7 @@ pub enum Event {
     Reset,
     /// A vCPU hit a triple fault or an unrecoverable state; the process exits with [`exit::GUEST_CRASH`].
     GuestCrashed,
-    /// The guest kernel reported a panic (pvpanic); it may still reset by itself.
+    /// The guest kernel reported a panic (pvpanic); it may still reset by itself. Told once.
     GuestPanicked,
 }
 

@@ -36,6 +36,8 @@ pub struct Server {
     input: Vec<u8>,
     /// When console output that has begun is passed on.
     flush_at: Option<Instant>,
+    /// The guest's panic has been told: it can report as many as it likes, but neither fill logs nor the agent's socket.
+    panicked: bool,
 }
 
 /// How a turn of the loop ended.
@@ -69,6 +71,7 @@ impl Server {
             kept: Vec::new(),
             input: Vec::new(),
             flush_at: None,
+            panicked: false,
         })
     }
 
@@ -91,6 +94,7 @@ impl Server {
             kept: Vec::new(),
             input: Vec::new(),
             flush_at: None,
+            panicked: false,
         })
     }
 
@@ -336,7 +340,9 @@ impl Server {
         let Some(machine) = &self.machine else { return Turn::GoOn };
         for event in machine.events().take() {
             let (event, code, why) = match event {
+                MachineEvent::Panicked if self.panicked => continue,
                 MachineEvent::Panicked => {
+                    self.panicked = true;
                     log("the guest kernel reports a panic");
                     self.tell(Event::GuestPanicked);
                     continue;
