@@ -102,8 +102,20 @@ impl Supervisor {
             });
             return;
         }
-        if desired.run() == RunState::Terminated {
-            return report_gone(&self.host, &id, &desired, 0);
+        let folder = self.host.layout.instance(&id);
+        let was_there = folder.exists();
+        match (was_there, desired.run()) {
+            (false, RunState::Terminated) => return report_gone(&self.host, &id, &desired, 0),
+            // Its record cannot be read; deleting it all is the one thing that can be done without knowing more.
+            (true, RunState::Terminated) | (false, _) => {}
+            (true, _) => {
+                let text = format!(
+                    "its record in {} cannot be read; terminate it, or mend it and restart the agent",
+                    folder.display()
+                );
+                let reason = StateReason::new(StateReason::INTERNAL_ERROR, text);
+                return self.report_failed(&id, desired.generation, reason);
+            }
         }
         let taken: HashSet<u32> = inner.instances.values().map(|entry| entry.slot).collect();
         let Some(slot) = (0..self.slots).find(|slot| !taken.contains(slot)) else {
@@ -117,6 +129,10 @@ impl Supervisor {
         match record.save(&self.host.layout) {
             Ok(()) => self.spawn(&mut inner, record),
             Err(error) => {
+                if !was_there {
+                    // A folder without a record would look like somebody's data. If it cannot be removed either, it does.
+                    let _ = std::fs::remove_dir_all(&folder);
+                }
                 self.report_failed(&id, generation, StateReason::new(StateReason::INTERNAL_ERROR, error.to_string()));
             }
         }

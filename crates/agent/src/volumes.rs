@@ -57,6 +57,7 @@ impl Volumes for RawVolumes {
         if path.exists() {
             return Ok(());
         }
+        remove_partial_copies(path)?;
         hearth_snapshot::clone_file(image, path, Some(bytes), &|done, total| progress(done, total))
             .map_err(|error| VolumeError::Copy(error.to_string()))?;
         private(path)
@@ -87,6 +88,22 @@ impl Volumes for RawVolumes {
     }
 }
 
+/// Deletes what copies left behind that were cut off by the end of an agent: hidden files beside the volume.
+fn remove_partial_copies(path: &Path) -> Result<(), VolumeError> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return Ok(());
+    };
+    let entries = std::fs::read_dir(folder).map_err(io_error("reading", folder))?;
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let found = found.to_str().unwrap_or_default();
+        if found.starts_with(&format!(".{name}.")) && found.ends_with(".partial") {
+            std::fs::remove_file(entry.path()).map_err(io_error("deleting", &entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Only root may read a guest's disk.
 fn private(path: &Path) -> Result<(), VolumeError> {
     use std::os::unix::fs::PermissionsExt;
@@ -102,7 +119,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (image, root) = (folder.path().join("image"), folder.path().join("root.raw"));
         std::fs::write(&image, vec![7u8; 8192]).unwrap();
+        let cut_off = folder.path().join(".root.raw.123.0.partial");
+        std::fs::write(&cut_off, b"half").unwrap();
         RawVolumes.create_root(&image, &root, 1 << 20, &|_, _| ()).unwrap();
+        assert!(!cut_off.exists());
         std::fs::write(&image, vec![8u8; 8192]).unwrap();
         RawVolumes.create_root(&image, &root, 1 << 20, &|_, _| ()).unwrap();
         let content = std::fs::read(&root).unwrap();

@@ -252,4 +252,11 @@ async fn older_wishes_and_unreadable_records_change_nothing() {
     assert!(report.reason.unwrap().message.contains("damaged"));
     assert!(world.runs(&one) && world.layout().root_disk(&one).exists(), "left for the operator");
     agent.until(&two, State::Running, 1).await;
+    agent.supervisor.apply_host(wanted.all());
+    let report = agent.until(&one, State::Failed, 2).await;
+    assert!(report.reason.unwrap().message.contains("cannot be read"));
+    assert_eq!(world.launches(&one), 1);
+    agent.supervisor.apply(wanted.want(&one, RunState::Terminated));
+    agent.until(&one, State::Gone, 3).await;
+    assert!(!world.runs(&one) && !world.layout().instance(&one).exists());
 }
