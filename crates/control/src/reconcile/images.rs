@@ -61,6 +61,9 @@ fn remove_others(folder: &Path, keep: &HashSet<String>) -> Result<(), ControlErr
 
 /// Images that nobody can launch from and no instance may still have to fetch.
 fn unused(tables: &Tables) -> Vec<(String, String, Txn)> {
+    if !tables.images.values().any(|entry| entry.spec.as_ref().is_some_and(|spec| spec.deregistered)) {
+        return Vec::new();
+    }
     let needed: HashSet<&str> = tables
         .instances
         .values()
@@ -96,6 +99,8 @@ pub(crate) async fn reclaim(core: &Core) -> ApiResult<()> {
         let path = import::image_path(core, &id);
         match tokio::fs::remove_file(&path).await {
             Ok(()) => tracing::info!(image = id, name, "image deleted"),
+            // A failed import has left none.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
                 tracing::warn!(image = id, path = %path.display(), %error, "the image's file could not be removed")
             }

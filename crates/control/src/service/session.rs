@@ -159,8 +159,10 @@ impl Drop for Registered {
             return;
         }
         self.core.host_changed(&self.host);
+        // When the whole program ends there is nothing left that could run it, and the next start finds out by itself.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let (core, host) = (self.core.clone(), self.host.clone());
-        self.core.tasks.spawn(async move { disconnected(&core, &host).await });
+        self.core.tasks.spawn_on(async move { disconnected(&core, &host).await }, &runtime);
     }
 }
 
