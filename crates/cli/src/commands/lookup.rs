@@ -43,9 +43,9 @@ const LEAST_DIGITS: usize = 4;
 
 /// Whether a text is the beginning of an id with that prefix: "i-0af3".
 fn is_beginning(text: &str, prefix: &str) -> bool {
-    text.strip_prefix(prefix)
-        .and_then(|rest| rest.strip_prefix('-'))
-        .is_some_and(|digits| (LEAST_DIGITS..17).contains(&digits.len()) && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+    text.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('-')).is_some_and(|digits| {
+        (LEAST_DIGITS..17).contains(&digits.len()) && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    })
 }
 
 /// Ids of the instances meant.
