@@ -1,1 +1,51 @@
-//! Whole-system tests that drive the built binaries.
+//! What the whole-system tests share: the built binaries, guests on their consoles, and whole clouds.
+//!
+//! These tests need root and a real KVM; `scripts/test` runs them inside the testbed where the machine has none. Every
+//! failure is a panic with what the other side said last.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+
+pub mod cloud;
+pub mod console;
+pub mod machine;
+pub mod report;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A built program: from `HEARTH_BIN_DIR`, else beside the test's own binary. Inside the testbed it is copied to the scratch
+/// disk first, without symbols: every start from the shared file system would take seconds.
+pub fn program(name: &str) -> PathBuf {
+    let folder = std::env::var_os("HEARTH_BIN_DIR")
+        .map_or_else(|| std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf(), PathBuf::from);
+    let path = folder.join(name);
+    let about = std::fs::metadata(&path)
+        .unwrap_or_else(|_| panic!("{} is not built: run scripts/test, or cargo build --workspace", path.display()));
+    if !Path::new("/scratch").is_dir() {
+        return path;
+    }
+    let copy = PathBuf::from(format!("/scratch/programs/{}.{}/{name}", about.mtime(), about.size()));
+    if !copy.exists() {
+        std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        let draft = copy.with_extension(format!("{}", std::process::id()));
+        let status = Command::new("strip").arg("-g").arg("-o").args([&draft, &path]).status().unwrap();
+        assert!(status.success(), "strip {}", path.display());
+        std::fs::rename(&draft, &copy).unwrap();
+    }
+    copy
+}
+
+/// The disk image of the recipe `tiny`.
+pub fn tiny_image() -> PathBuf {
+    let path = std::env::var_os("HEARTH_TEST_IMAGE")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../images/out/tiny.raw"), PathBuf::from);
+    assert!(path.exists(), "{} is not built: run scripts/test, or images/build tiny", path.display());
+    path
+}
+
+/// A folder on a real file system, removed at the end of the test.
+pub fn scratch() -> tempfile::TempDir {
+    let base = ["/scratch", "/var/tmp"].into_iter().find(|path| std::path::Path::new(path).is_dir()).unwrap();
+    tempfile::Builder::new().prefix("hearth-test-").tempdir_in(base).unwrap()
+}

@@ -1,0 +1,337 @@
+//! A whole cloud of built programs, in a network namespace of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::console::{Console, PATIENCE};
+use crate::{program, scratch, tiny_image};
+
+/// What runs in which process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// `hearthd up`.
+    One,
+    /// `hearthd control` and `hearthd agent`.
+    Apart,
+    /// `hearthd control` and this many agents, each in a network namespace of its own.
+    Hosts(usize),
+}
+
+/// A running cloud. Dropping it ends every process of it.
+pub struct Cloud {
+    folder: tempfile::TempDir,
+    shape: Shape,
+    control: Option<Child>,
+    agents: Vec<Option<Child>>,
+    cgroup: String,
+}
+
+/// Ends a process without giving it a chance.
+pub fn kill_now(child: &mut Child) {
+    let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+    let _ = child.wait();
+}
+
+impl Drop for Cloud {
+    fn drop(&mut self) {
+        let daemons = self.control.iter_mut().chain(self.agents.iter_mut().flatten());
+        daemons.for_each(kill_now);
+        if std::thread::panicking() {
+            for name in std::iter::once("control".to_owned()).chain((0..self.agents.len()).map(|n| format!("agent{n}")))
+            {
+                let log = std::fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- the end of {name}'s log:\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+            }
+        }
+        for group in self.cgroups() {
+            let _ = std::fs::write(group.join("cgroup.kill"), "1");
+        }
+        let _ = wait_until(Duration::from_secs(10), || self.vmm_pids().is_empty());
+        for group in self.cgroups() {
+            for entry in std::fs::read_dir(&group).into_iter().flatten().flatten() {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+            let _ = std::fs::remove_dir(&group);
+        }
+    }
+}
+
+/// Tries again and again; whether it came true.
+pub fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + patience;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {words}");
+}
+
+impl Cloud {
+    /// Starts it and waits until every host is there.
+    pub fn start(shape: Shape) -> Self {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        ip("link set lo up");
+        let cgroup = format!("hearth-test-{}", std::process::id());
+        let mut cloud = Self { folder: scratch(), shape, control: None, agents: Vec::new(), cgroup };
+        if let Shape::Hosts(_) = shape {
+            ip("link add hosts type bridge forward_delay 0");
+            ip("address add 10.99.0.254/24 dev hosts");
+            ip("link set hosts up");
+        }
+        cloud.start_control();
+        let hosts = match shape {
+            Shape::One => 1,
+            Shape::Apart => {
+                cloud.agents.push(None);
+                1
+            }
+            Shape::Hosts(count) => {
+                cloud.agents.extend((0..count).map(|_| None));
+                count
+            }
+        };
+        for host in 0..cloud.agents.len() {
+            cloud.start_agent(host);
+        }
+        cloud.wait_for_hosts(hosts);
+        cloud
+    }
+
+    /// Waits until that many hosts are connected.
+    pub fn wait_for_hosts(&self, count: usize) {
+        let connected = || match self.try_hearth(&["host", "list", "-o", "json"]) {
+            (Some(0), text) => {
+                let hosts: Value = serde_json::from_str(&text).unwrap_or_default();
+                hosts.as_array().into_iter().flatten().filter(|host| host["connected"] == true).count()
+            }
+            _ => 0,
+        };
+        assert!(wait_until(PATIENCE, || connected() == count), "no {count} connected hosts");
+    }
+
+    /// A path in the cloud's own folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn daemon(&self, name: &str, mut command: Command) -> Child {
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(self.path(&format!("{name}.log"))).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+    }
+
+    fn agent_flags(&self, host: usize) -> Vec<String> {
+        let base = 300_000 + (std::process::id() % 1000) * 1000 + host as u32 * 100;
+        let run = format!("/run/{}-{host}", self.cgroup);
+        let vmm = program("hearth-vmm");
+        let cidr = format!("172.30.{}.0/24", host + 1);
+        [
+            ("--run-dir", run.as_str()),
+            ("--vmm", vmm.to_str().unwrap()),
+            ("--cgroup-parent", &format!("{}-{host}", self.cgroup)),
+            ("--uid-base", &base.to_string()),
+            ("--uid-count", "100"),
+            ("--instance-cidr", &cidr),
+            ("--name", &format!("host{host}")),
+            ("--reserved-memory-mib", "256"),
+            ("--vcpu-overcommit-percent", "4000"),
+            ("--stop-timeout", "60s"),
+        ]
+        .into_iter()
+        .flat_map(|(flag, value)| [flag.to_owned(), value.to_owned()])
+        .collect()
+    }
+
+    /// Starts the control plane (with [`Shape::One`], the whole daemon).
+    pub fn start_control(&mut self) {
+        let mut command = Command::new(program("hearthd"));
+        let state = self.path("state");
+        match self.shape {
+            Shape::One => command.arg("up").args(self.agent_flags(0)).args(["--listen", "127.0.0.1:7443"]),
+            Shape::Apart => command.arg("control").args(["--listen", "127.0.0.1:7443"]),
+            Shape::Hosts(_) => {
+                command.arg("control").args(["--listen", "0.0.0.0:7443", "--server-name", "10.99.0.254"])
+            }
+        };
+        command.arg("--state-dir").arg(state).args(["--host-timeout", "10s", "--log", "info"]);
+        self.control = Some(self.daemon("control", command));
+        let admin = self.path("state/admin.json");
+        assert!(
+            wait_until(PATIENCE, || admin.exists() && self.try_hearth(&["host", "list"]).0 == Some(0)),
+            "no control plane"
+        );
+    }
+
+    /// Starts an agent; it joins if it has not yet.
+    pub fn start_agent(&mut self, host: usize) {
+        let state = self.path(&format!("agent{host}"));
+        let mut flags = self.agent_flags(host);
+        flags.extend(["--state-dir".into(), state.to_str().unwrap().into(), "--log".into(), "info".into()]);
+        let apart = matches!(self.shape, Shape::Hosts(_));
+        let control = if apart { "https://10.99.0.254:7443" } else { "https://localhost:7443" };
+        flags.extend(["--control".into(), control.into()]);
+        if !state.exists() {
+            flags.extend(["--join".into(), self.hearth(&["host", "token", "-o", "id"]).trim().into()]);
+        }
+        let hearthd = program("hearthd");
+        let child = if apart {
+            // The daemon waits in its new namespace for the cable that is plugged in from here.
+            let address = format!("10.99.0.{}/24", host + 1);
+            let script = format!(
+                "ip link set lo up; until ip link show eth0 >/dev/null 2>&1; do sleep 0.1; done; \
+                 ip address add {address} dev eth0; ip link set eth0 up; exec \"$@\""
+            );
+            let mut command = Command::new("unshare");
+            command.args(["-n", "sh", "-c", &script, "sh"]).arg(hearthd).arg("agent").args(flags);
+            let child = self.daemon(&format!("agent{host}"), command);
+            let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+            let theirs = format!("/proc/{}/ns/net", child.id());
+            assert!(wait_until(PATIENCE, || std::fs::read_link(&theirs).is_ok_and(|ns| ns != own)));
+            let _ = Command::new("ip").args(["link", "delete", &format!("h{host}")]).stderr(Stdio::null()).status();
+            ip(&format!("link add h{host} type veth peer name eth0 netns {}", child.id()));
+            ip(&format!("link set h{host} master hosts up"));
+            child
+        } else {
+            let mut command = Command::new(hearthd);
+            command.arg("agent").args(flags);
+            self.daemon(&format!("agent{host}"), command)
+        };
+        self.agents[host] = Some(child);
+    }
+
+    /// `kill -9` of the control plane (with [`Shape::One`], of the whole daemon).
+    pub fn kill_control(&mut self) {
+        kill_now(&mut self.control.take().expect("the control plane runs"));
+    }
+
+    /// `kill -9` of an agent.
+    pub fn kill_agent(&mut self, host: usize) {
+        kill_now(&mut self.agents[host].take().expect("the agent runs"));
+    }
+
+    /// A command of the CLI as the operator.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("hearth"));
+        command.args(arguments).env("HEARTH_CREDENTIALS", self.path("state/admin.json")).stdin(Stdio::null());
+        command
+    }
+
+    /// Exit code and everything printed.
+    pub fn try_hearth(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+        (status.code(), if status.success() { out.into_owned() } else { format!("{out}{err}") })
+    }
+
+    /// What a command that must succeed prints on its standard output.
+    pub fn hearth(&self, arguments: &[&str]) -> String {
+        let (code, text) = self.try_hearth(arguments);
+        assert_eq!(code, Some(0), "hearth {}: {text}", arguments.join(" "));
+        text
+    }
+
+    /// The same as JSON.
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let text = self.hearth(&[arguments, &["-o", "json"]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+    }
+
+    /// Registers the tiny image.
+    pub fn import_tiny(&self) {
+        self.hearth(&["image", "import", tiny_image().to_str().unwrap(), "--name", "tiny"]);
+    }
+
+    /// Everything about one instance.
+    pub fn instance(&self, name: &str) -> Value {
+        self.json(&["instance", "describe", name])
+    }
+
+    /// Waits until an instance is in a state.
+    pub fn wait_for_state(&self, name: &str, state: &str) {
+        let mut last = Value::Null;
+        let reached = wait_until(PATIENCE, || {
+            last = self.instance(name);
+            last["state"] == state
+        });
+        assert!(reached, "{name} does not become {state}: {last:#}");
+    }
+
+    /// Waits until the console's output holds a text so many times.
+    pub fn wait_for_output(&self, name: &str, text: &str, times: usize) -> String {
+        let mut output = String::new();
+        let reached = wait_until(PATIENCE, || {
+            output = self.try_hearth(&["instance", "console-output", name]).1;
+            output.matches(text).count() >= times
+        });
+        assert!(reached, "{name} does not say {text:?} {times} times:\n{output}");
+        output
+    }
+
+    /// An interactive console.
+    pub fn console(&self, name: &str) -> Console {
+        let mut command = self.command(&["instance", "console", name, "--follow"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let console = Console::new(child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        std::thread::spawn(move || child.wait());
+        console
+    }
+
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let hosts = self.agents.len().max(1);
+        (0..hosts).map(|host| Path::new("/sys/fs/cgroup").join(format!("{}-{host}", self.cgroup))).collect()
+    }
+
+    /// Process ids of all VMMs of this cloud.
+    pub fn vmm_pids(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        for group in self.cgroups() {
+            for entry in std::fs::read_dir(&group).into_iter().flatten().flatten() {
+                let procs = std::fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
+                pids.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
+            }
+        }
+        pids
+    }
+
+    /// Fails if an instance has left something on its host: a process, cgroup, tap, file, socket or mount.
+    pub fn assert_nothing_left(&self) {
+        let leftovers = || -> Vec<String> {
+            let mut found: Vec<String> = self.vmm_pids().iter().map(|pid| format!("process {pid}")).collect();
+            let mut folders: Vec<PathBuf> = self.cgroups();
+            for host in 0..self.agents.len().max(1) {
+                let state =
+                    if self.agents.is_empty() { "state/agent".to_owned() } else { format!("agent{host}/agent") };
+                folders.push(self.path(&state).join("instances"));
+                folders.push(PathBuf::from(format!("/run/{}-{host}/instances", self.cgroup)));
+            }
+            for folder in folders {
+                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+                let inside = entries.filter(|e| e.path().is_dir() && e.file_name().to_string_lossy().starts_with("i-"));
+                found.extend(inside.map(|entry| entry.path().display().to_string()));
+            }
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+            found.extend(mounts.lines().filter(|line| line.contains(&self.cgroup)).map(str::to_owned));
+            let links = Command::new("ip").args(["-br", "link"]).output().unwrap();
+            let links = String::from_utf8_lossy(&links.stdout).into_owned();
+            found.extend(links.lines().filter(|line| line.starts_with("ht")).map(str::to_owned));
+            found
+        };
+        wait_until(Duration::from_secs(20), || leftovers().is_empty());
+        assert_eq!(leftovers(), Vec::<String>::new());
+    }
+}

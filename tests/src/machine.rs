@@ -1,0 +1,97 @@
+//! One microVM without agent or control plane: `hearth-vmm run`.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hearth_agent::boot::{FileDisk, Override, ReadAt, discover};
+
+use crate::console::{Console, PATIENCE};
+use crate::program;
+
+/// What to boot: kernel and initrd as files, found in an image as the agent finds them.
+pub struct BootFiles {
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initrd file.
+    pub initrd: PathBuf,
+    /// Command line.
+    pub cmdline: String,
+}
+
+/// Takes kernel and initrd out of an image and puts them into `folder`.
+pub fn boot_files(image: &Path, folder: &Path) -> BootFiles {
+    let disk: Arc<dyn ReadAt> = Arc::new(FileDisk::new(File::open(image).unwrap()).unwrap());
+    let found = discover(&disk, &Override::default()).unwrap();
+    let files = BootFiles { kernel: folder.join("kernel"), initrd: folder.join("initrd"), cmdline: found.cmdline };
+    std::fs::write(&files.kernel, hearth_agent::boot::extract_vmlinux(&found.kernel).unwrap()).unwrap();
+    std::fs::write(&files.initrd, found.initrd.expect("the image has an initrd")).unwrap();
+    files
+}
+
+/// A sparse copy of an image.
+pub fn copy_disk(image: &Path, to: &Path) {
+    let status = Command::new("cp").arg("--sparse=always").args([image, to]).status().unwrap();
+    assert!(status.success());
+}
+
+/// A running `hearth-vmm run`.
+pub struct Machine {
+    child: Child,
+    /// COM1.
+    pub console: Console,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Machine {
+    /// Starts it with these options; the console is on pipes.
+    pub fn start(boot: &BootFiles, options: &[&str]) -> Self {
+        let mut child = Command::new(program("hearth-vmm"))
+            .arg("run")
+            .arg("--kernel")
+            .arg(&boot.kernel)
+            .arg("--initrd")
+            .arg(&boot.initrd)
+            .args(["--cmdline", &boot.cmdline])
+            .args(options)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let console = Console::new(child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self { child, console }
+    }
+
+    /// The VMM's process id.
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Waits for the end of the process.
+    pub fn exit(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < end, "the VMM does not end; console:\n{}", self.console.seen());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for the end; the exit code, which must be there (no signal).
+    pub fn exit_code(&mut self) -> i32 {
+        let status = self.exit();
+        status.code().unwrap_or_else(|| panic!("the VMM died by signal {:?}", status.signal()))
+    }
+}
