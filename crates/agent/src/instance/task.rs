@@ -95,6 +95,8 @@ impl InstanceTask {
                         return;
                     }
                 }
+                // A stop that has begun is finished, also by the next agent, whatever is wanted by then.
+                (Goal::Run, _) if self.record.phase == Phase::Stopping => self.stop().await,
                 (Goal::Run, false) => self.start().await,
                 (Goal::Run, true) => self.supervise().await,
                 (Goal::Stop, true) => self.stop().await,
@@ -112,6 +114,8 @@ impl InstanceTask {
         let desired = &self.record.desired;
         let held = self.record.hold.as_ref().is_some_and(|(generation, _)| *generation >= desired.generation);
         match desired.run() {
+            // There is no way back from half deleted.
+            _ if self.record.phase == Phase::Deleting => Goal::Terminate,
             RunState::Terminated => Goal::Terminate,
             RunState::Running if !held => Goal::Run,
             RunState::Running | RunState::Stopped | RunState::Unspecified => Goal::Stop,

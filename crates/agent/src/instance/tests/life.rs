@@ -260,3 +260,22 @@ async fn older_wishes_and_unreadable_records_change_nothing() {
     agent.until(&one, State::Gone, 3).await;
     assert!(!world.runs(&one) && !world.layout().instance(&one).exists());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_has_begun_is_finished_by_the_next_agent_before_a_start() {
+    let (world, mut wanted) = (World::new(), Wanted::default());
+    world.table.lock().guests_ignore_the_button = true;
+    let agent = Agent::start(&world);
+    let id = id(1);
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    agent.until(&id, State::Running, 1).await;
+    let disk = world.layout().ephemeral_disk(&id, 0);
+    std::fs::OpenOptions::new().write(true).open(&disk).unwrap().write_all_at(b"old", 0).unwrap();
+    agent.supervisor.apply(wanted.want(&id, RunState::Stopped));
+    agent.until(&id, State::Stopping, 2).await;
+    drop(agent);
+    let agent = Agent::start(&world);
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    assert_eq!(agent.until(&id, State::Running, 3).await.boot_count, 2);
+    assert_eq!(&std::fs::read(&disk).unwrap()[..3], &[0; 3], "instance store does not outlive a stop");
+}
