@@ -192,7 +192,7 @@ impl CliError {
     pub fn unreachable(endpoint: &str, reason: impl Into<String>) -> Self {
         let reason = reason.into();
         let lower = reason.to_lowercase();
-        let advice = if lower.contains("refused") {
+        let advice = if lower.contains("refused") || lower.contains("reset") || lower.contains("closed") {
             "is it running? Start it with `hearthd up` (or scripts/up); --endpoint or HEARTH_ENDPOINT names another one."
         } else if lower.contains("certificate") || lower.contains("unknownissuer") || lower.contains("invalid peer") {
             "the server is not the one whose CA you have: --ca, HEARTH_CA or --credentials name the right one."
