@@ -53,11 +53,8 @@ impl Drop for Cloud {
             let _ = std::fs::write(group.join("cgroup.kill"), "1");
         }
         let _ = wait_until(Duration::from_secs(10), || self.vmm_pids().is_empty());
-        for group in self.cgroups() {
-            for entry in std::fs::read_dir(&group).into_iter().flatten().flatten() {
-                let _ = std::fs::remove_dir(entry.path());
-            }
-            let _ = std::fs::remove_dir(&group);
+        for group in self.instance_cgroups().into_iter().chain(self.host_cgroups()).chain(self.cgroups()) {
+            let _ = std::fs::remove_dir(group);
         }
     }
 }
@@ -74,6 +71,14 @@ pub fn wait_until(patience: Duration, mut condition: impl FnMut() -> bool) -> bo
         }
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+fn folders_in(folder: &Path, prefix: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.path().is_dir() && entry.file_name().to_string_lossy().starts_with(prefix))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 fn ip(words: &str) {
@@ -296,14 +301,24 @@ impl Cloud {
         (0..hosts).map(|host| Path::new("/sys/fs/cgroup").join(format!("{}-{host}", self.cgroup))).collect()
     }
 
+    /// Each agent has its own below the parent it was given.
+    fn host_cgroups(&self) -> Vec<PathBuf> {
+        self.cgroups().iter().flat_map(|group| folders_in(group, "h-")).collect()
+    }
+
+    fn instance_cgroups(&self) -> Vec<PathBuf> {
+        self.host_cgroups().iter().flat_map(|group| folders_in(group, "i-")).collect()
+    }
+
     /// Process ids of all VMMs of this cloud.
     pub fn vmm_pids(&self) -> Vec<i32> {
         let mut pids = Vec::new();
-        for group in self.cgroups() {
-            for entry in std::fs::read_dir(&group).into_iter().flatten().flatten() {
-                let procs = std::fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
-                pids.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
-            }
+        for group in self.instance_cgroups() {
+            let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            // KVM keeps a kernel thread of each machine in the same cgroup.
+            let is_vmm =
+                |pid: &&str| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "hearth-vmm\n");
+            pids.extend(procs.lines().filter(is_vmm).filter_map(|line| line.parse::<i32>().ok()));
         }
         pids
     }
@@ -312,7 +327,7 @@ impl Cloud {
     pub fn assert_nothing_left(&self) {
         let leftovers = || -> Vec<String> {
             let mut found: Vec<String> = self.vmm_pids().iter().map(|pid| format!("process {pid}")).collect();
-            let mut folders: Vec<PathBuf> = self.cgroups();
+            let mut folders: Vec<PathBuf> = self.host_cgroups();
             for host in 0..self.agents.len().max(1) {
                 let state =
                     if self.agents.is_empty() { "state/agent".to_owned() } else { format!("agent{host}/agent") };
@@ -320,9 +335,7 @@ impl Cloud {
                 folders.push(PathBuf::from(format!("/run/{}-{host}/instances", self.cgroup)));
             }
             for folder in folders {
-                let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-                let inside = entries.filter(|e| e.path().is_dir() && e.file_name().to_string_lossy().starts_with("i-"));
-                found.extend(inside.map(|entry| entry.path().display().to_string()));
+                found.extend(folders_in(&folder, "i-").iter().map(|path| path.display().to_string()));
             }
             let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
             found.extend(mounts.lines().filter(|line| line.contains(&self.cgroup)).map(str::to_owned));

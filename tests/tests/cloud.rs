@@ -11,6 +11,7 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     cloud.import_tiny();
     assert!(cloud.hearth(&["key-pair", "create", "me"]).contains("OPENSSH PRIVATE KEY"));
     cloud.hearth(&["instance", "run", "tiny", "--type", "h1d.tiny", "--name", "a", "--key-name", "me", "--wait=ok"]);
+    assert_eq!(cloud.vmm_pids().len(), 1);
     let about = cloud.instance("a");
     assert_eq!(
         (&about["state"], &about["system_status"], &about["instance_status"]),

@@ -190,7 +190,8 @@ fn a_reset_and_a_crash_have_their_own_exit_codes() {
     machine.console.send("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger");
     // panic=1 on the image's command line: the kernel resets a second after its panic.
     assert_eq!(machine.exit_code(), 10, "{}", machine.console.seen());
-    assert!(machine.console.seen().contains("Kernel panic"), "{}", machine.console.seen());
+    let seen = machine.console.to_end();
+    assert!(seen.contains("Kernel panic"), "{seen}");
 }
 
 #[test]
