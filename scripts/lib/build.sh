@@ -27,6 +27,21 @@ ensure_nextest() {
     cargo install --locked cargo-nextest
 }
 
+# build_programs PROFILE: hearth, hearthd and hearth-vmm in target/programs/PROFILE. hearth-vmm is linked statically, so
+# that the root it runs in can be empty; it has a target folder of its own, because cargo would link it anew otherwise
+# whenever it is built the one way after the other.
+build_programs() {
+    local out=$repo/target/programs/$1 built=$1 program
+    [[ $1 != dev ]] || built=debug
+    cargo build --profile "$1" --locked "${@:2}" --workspace --bins --exclude hearth-vmm
+    cargo rustc --profile "$1" --locked "${@:2}" -p hearth-vmm --bin hearth-vmm --target-dir "$repo/target/static" -- -C target-feature=+crt-static
+    mkdir -p "$out"
+    for program in "$repo/target/$built/hearth" "$repo/target/$built/hearthd" "$repo/target/static/$built/hearth-vmm"; do
+        # A new file in the old one's place: the old one may be running.
+        cmp -s "$program" "$out/${program##*/}" || { cp "$program" "$out/.new" && mv "$out/.new" "$out/${program##*/}"; }
+    done
+}
+
 # ensure_image RECIPE: prints the path of the built image; builds it when the recipe or its inputs are newer.
 ensure_image() {
     local image=$repo/images/out/$1.raw

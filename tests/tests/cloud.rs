@@ -11,7 +11,10 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     cloud.import_tiny();
     assert!(cloud.hearth(&["key-pair", "create", "me"]).contains("OPENSSH PRIVATE KEY"));
     cloud.hearth(&["instance", "run", "tiny", "--type", "h1d.tiny", "--name", "a", "--key-name", "me", "--wait=ok"]);
-    assert_eq!(cloud.vmm_pids().len(), 1);
+    let pids = cloud.vmm_pids();
+    assert_eq!(pids.len(), 1);
+    let jail: Vec<_> = std::fs::read_dir(format!("/proc/{}/root", pids[0])).unwrap().collect();
+    assert!(jail.is_empty(), "the VMM sees {jail:?}");
     let about = cloud.instance("a");
     assert_eq!(
         (&about["state"], &about["system_status"], &about["instance_status"]),
