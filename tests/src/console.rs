@@ -17,6 +17,8 @@ pub struct Console {
     /// Tells this console's commands from those of an earlier one, whose output may come again as backlog.
     salt: u32,
     commands: u32,
+    /// What the other side is doing, for the message when it does not answer.
+    diagnosis: Box<dyn Fn() -> String + Send>,
 }
 
 impl Console {
@@ -32,7 +34,20 @@ impl Console {
             }
         });
         let salt = std::time::UNIX_EPOCH.elapsed().unwrap().subsec_micros();
-        Self { input: Box::new(input), output: receiver, seen: String::new(), read_to: 0, salt, commands: 0 }
+        Self {
+            input: Box::new(input),
+            output: receiver,
+            seen: String::new(),
+            read_to: 0,
+            salt,
+            commands: 0,
+            diagnosis: Box::new(String::new),
+        }
+    }
+
+    /// What to tell, beside the console's output, when the guest does not answer in time.
+    pub fn on_silence(&mut self, diagnosis: impl Fn() -> String + Send + 'static) {
+        self.diagnosis = Box::new(diagnosis);
     }
 
     /// Everything so far.
@@ -49,7 +64,9 @@ impl Console {
     pub fn wait_for_within(&mut self, text: &str, patience: Duration) -> String {
         match self.try_wait_for(text, patience) {
             Ok(found) => found,
-            Err(RecvTimeoutError::Timeout) => panic!("no {text:?} within {patience:?}; console:\n{}", self.seen),
+            Err(RecvTimeoutError::Timeout) => {
+                panic!("no {text:?} within {patience:?}; console:\n{}\n{}", self.seen, (self.diagnosis)())
+            }
             Err(RecvTimeoutError::Disconnected) => panic!("the console ended before {text:?}:\n{}", self.seen),
         }
     }
@@ -77,7 +94,7 @@ impl Console {
             match self.try_wait_for(&format!("\n<{number}:shell"), Duration::from_secs(4)) {
                 Ok(_) => return,
                 Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
-                Err(_) => panic!("no shell answers; console:\n{}", self.seen),
+                Err(_) => panic!("no shell answers; console:\n{}\n{}", self.seen, (self.diagnosis)()),
             }
         }
     }

@@ -38,6 +38,43 @@ pub fn copy_disk(image: &Path, to: &Path) {
     assert!(status.success());
 }
 
+/// What the threads of a VMM do, and what KVM does within a second: tells a guest that spins from one that sleeps.
+pub fn activity(pid: u32) -> String {
+    let mut lines = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let read = |name: &str| std::fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let times: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+        lines.push(format!(
+            "{}: state {} ticks {}+{} in {}",
+            read("comm").trim(),
+            times.first().unwrap_or(&"?"),
+            times.get(11).unwrap_or(&"?"),
+            times.get(12).unwrap_or(&"?"),
+            read("wchan"),
+        ));
+    }
+    let counters = || -> Vec<(String, u64)> {
+        let files = std::fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten().flatten();
+        let mut counters: Vec<_> = files
+            .filter_map(|f| {
+                let count = std::fs::read_to_string(f.path()).ok()?.trim().parse().ok()?;
+                Some((f.file_name().to_string_lossy().into_owned(), count))
+            })
+            .collect();
+        counters.sort();
+        counters
+    };
+    let before = counters();
+    std::thread::sleep(Duration::from_secs(1));
+    for ((name, then), (_, now)) in before.iter().zip(counters()) {
+        if now != *then {
+            lines.push(format!("kvm {name}: {} in a second", now.wrapping_sub(*then)));
+        }
+    }
+    lines.join("\n")
+}
+
 /// A running `hearth-vmm run`.
 pub struct Machine {
     child: Child,
@@ -68,7 +105,9 @@ impl Machine {
             .stderr(Stdio::inherit())
             .spawn()
             .unwrap();
-        let console = Console::new(child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut console = Console::new(child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let pid = child.id();
+        console.on_silence(move || activity(pid));
         Self { child, console }
     }
 
