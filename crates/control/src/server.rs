@@ -11,6 +11,7 @@ use hearth_types::JoinToken;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::codec::CompressionEncoding;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
@@ -174,7 +175,9 @@ impl Control {
             .add_service(service!(account_service_server, AccountServiceServer))
             .add_service(service!(key_pair_service_server, KeyPairServiceServer))
             .add_service(service!(tag_service_server, TagServiceServer))
-            .add_service(service!(image_service_server, ImageServiceServer))
+            .add_service(
+                service!(image_service_server, ImageServiceServer).accept_compressed(CompressionEncoding::Zstd),
+            )
             .add_service(service!(instance_service_server, InstanceServiceServer))
             .add_service(service!(instance_type_service_server, InstanceTypeServiceServer))
             .add_service(service!(host_service_server, HostServiceServer))

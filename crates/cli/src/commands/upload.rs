@@ -54,7 +54,8 @@ pub async fn import(client: &Client, args: ImportArgs) -> Result<Image, CliError
     let reader = read_file(file, path.to_owned(), header, sender, meter.bar.clone());
     let reader = tokio::task::spawn_blocking(reader);
 
-    let answer = client.images().import_image(ReceiverStream::new(receiver)).await;
+    let mut images = client.images().send_compressed(tonic::codec::CompressionEncoding::Zstd);
+    let answer = images.import_image(ReceiverStream::new(receiver)).await;
     let outcome = match answer {
         Ok(answer) => receive(client, answer.into_inner(), &meter).await,
         Err(status) => Err(client.failure(status)),
