@@ -15,6 +15,14 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     assert_eq!(pids.len(), 1);
     let jail: Vec<_> = std::fs::read_dir(format!("/proc/{}/root", pids[0])).unwrap().collect();
     assert!(jail.is_empty(), "the VMM sees {jail:?}");
+    let group = std::fs::read_to_string(format!("/proc/{}/cgroup", pids[0])).unwrap();
+    let limit = |name: &str| {
+        let path = format!("/sys/fs/cgroup{}/{name}", group.trim().trim_start_matches("0::"));
+        std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+    };
+    // 128 MiB of guest memory, 1/64 of that for page tables, 128 MiB for the VMM.
+    assert_eq!(limit("memory.max").trim(), (258u64 << 20).to_string());
+    assert!(!limit("cpu.max").starts_with("max"), "{}", limit("cpu.max"));
     let about = cloud.instance("a");
     assert_eq!(
         (&about["state"], &about["system_status"], &about["instance_status"]),
