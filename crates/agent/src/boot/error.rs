@@ -40,6 +40,14 @@ pub enum BootError {
         /// Why.
         reason: String,
     },
+    /// The power was cut, and what the file system's journal holds cannot be had.
+    #[error("the ext4 file system of {place} was not unmounted, and its journal cannot be replayed: {source}")]
+    Journal {
+        /// Which partition.
+        place: String,
+        /// Why.
+        source: super::JournalError,
+    },
     /// A file is larger than anything that boots.
     #[error("{path} of {place} has {size} bytes, at most {limit} are allowed")]
     TooLarge {

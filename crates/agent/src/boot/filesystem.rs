@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ext4_view::{Ext4, Ext4Read};
 
 use super::error::BootError;
+use super::journal;
 use super::partition::Partition;
 use super::read_at::{ReadAt, Window, le_u16};
 
@@ -28,7 +29,7 @@ pub struct Filesystem {
 }
 
 struct BufferedReader {
-    window: Window,
+    disk: Arc<dyn ReadAt>,
     buffer: Vec<u8>,
     start: u64,
 }
@@ -36,17 +37,17 @@ struct BufferedReader {
 impl Ext4Read for BufferedReader {
     fn read(&mut self, start_byte: u64, dst: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync + 'static>> {
         if dst.len() as u64 >= READ_AHEAD {
-            return Ok(self.window.read_exact_at(dst, start_byte)?);
+            return Ok(self.disk.read_exact_at(dst, start_byte)?);
         }
         let skip = start_byte.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok());
         if let Some(bytes) = skip.and_then(|skip| self.buffer.get(skip..skip.checked_add(dst.len())?)) {
             dst.copy_from_slice(bytes);
             return Ok(());
         }
-        let length = READ_AHEAD.min(self.window.size().saturating_sub(start_byte));
+        let length = READ_AHEAD.min(self.disk.size().saturating_sub(start_byte));
         self.buffer.resize(usize::try_from(length)?, 0);
         self.start = start_byte;
-        if let Err(error) = self.window.read_exact_at(&mut self.buffer, start_byte) {
+        if let Err(error) = self.disk.read_exact_at(&mut self.buffer, start_byte) {
             self.buffer.clear();
             return Err(error.into());
         }
@@ -89,7 +90,9 @@ impl Filesystem {
         if window.read_exact_at(&mut superblock, 1024).is_err() || le_u16(&superblock, 56) != Some(0xef53) {
             return Ok(None);
         }
-        let reader = BufferedReader { window, buffer: Vec::new(), start: 0 };
+        let disk =
+            journal::replayed(window).map_err(|source| BootError::Journal { place: partition.place(), source })?;
+        let reader = BufferedReader { disk, buffer: Vec::new(), start: 0 };
         let ext4 = Ext4::load(Box::new(reader)).map_err(|error| BootError::File {
             path: "the ext4 file system".into(),
             place: partition.place(),

@@ -2,6 +2,8 @@
 
 mod damage;
 mod grub;
+mod journal;
+pub mod journal_support;
 pub mod kernels;
 mod layouts;
 pub mod support;
