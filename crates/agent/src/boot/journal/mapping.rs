@@ -11,6 +11,8 @@ const MAX_MAP_BLOCKS: u32 = 1 << 15;
 /// Deepest extent tree that ext4 makes.
 const MAX_DEPTH: u16 = 5;
 
+/// Of an inode: all that is needed here.
+const INODE_BYTES: u64 = 128;
 const EXTENT_MAGIC: u16 = 0xf30a;
 /// Longest extent; more means that it was never written.
 const MAX_EXTENT: u16 = 32768;
@@ -51,7 +53,7 @@ impl JournalFile {
 
 /// Finds the journal's inode and where its blocks lie.
 pub fn journal_file(disk: &dyn ReadAt, volume: &Volume) -> Result<JournalFile, JournalError> {
-    let inode = read_inode(disk, volume)?;
+    let inode = read(disk, volume, "the journal's inode", inode_place(disk, volume)?, INODE_BYTES)?;
     let half = |offset| le_u16(&inode, offset).unwrap_or_default();
     let word = |offset| le_u32(&inode, offset).unwrap_or_default();
     let damaged = |what: &str| JournalError::Damaged(format!("inode {}: {what}", volume.journal_inode));
@@ -77,26 +79,35 @@ pub fn journal_file(disk: &dyn ReadAt, volume: &Volume) -> Result<JournalFile, J
     Ok(JournalFile { blocks: mapper.limit, runs: mapper.runs })
 }
 
-fn read_inode(disk: &dyn ReadAt, volume: &Volume) -> Result<Vec<u8>, JournalError> {
+/// At which byte the journal's inode begins.
+pub fn inode_place(disk: &dyn ReadAt, volume: &Volume) -> Result<u64, JournalError> {
     let index = u64::from(volume.journal_inode.saturating_sub(1));
     let (group, index) = (index / u64::from(volume.inodes_per_group), index % u64::from(volume.inodes_per_group));
     // The group descriptors begin with the block after the super block's.
-    let table = 1024 / volume.block_size + 1;
-    let read = |what: &'static str, offset: u64, length: u64| {
-        let mut bytes = vec![0u8; usize::try_from(length).unwrap_or_default()];
-        let block = offset / volume.block_size;
-        let read = disk.read_exact_at(&mut bytes, offset);
-        read.map(|()| bytes).map_err(|source| JournalError::Read { what, block, source })
-    };
-    let descriptor_at = table * volume.block_size + group * volume.descriptor_size;
-    let descriptor = read("the group descriptor of the journal", descriptor_at, volume.descriptor_size)?;
+    let table = (1024 / volume.block_size + 1) * volume.block_size;
+    let at = table + group * volume.descriptor_size;
+    let descriptor = read(disk, volume, "the group descriptor of the journal", at, volume.descriptor_size)?;
     // Absent from descriptors of 32 bytes, hence zero.
     let high = le_u32(&descriptor, 0x28).unwrap_or_default();
     let inodes = u64::from(high) << 32 | u64::from(le_u32(&descriptor, 0x8).unwrap_or_default());
     if inodes == 0 || inodes >= volume.blocks {
         return Err(JournalError::Filesystem(format!("the inode table at block {inodes}")));
     }
-    read("the journal's inode", inodes * volume.block_size + index * volume.inode_size, 128)
+    Ok(inodes * volume.block_size + index * volume.inode_size)
+}
+
+/// At most a block.
+fn read(
+    disk: &dyn ReadAt,
+    volume: &Volume,
+    what: &'static str,
+    offset: u64,
+    length: u64,
+) -> Result<Vec<u8>, JournalError> {
+    let mut bytes = vec![0u8; usize::try_from(length.min(volume.block_size)).unwrap_or_default()];
+    let block = offset / volume.block_size;
+    disk.read_exact_at(&mut bytes, offset).map_err(|source| JournalError::Read { what, block, source })?;
+    Ok(bytes)
 }
 
 struct Mapper<'a> {
@@ -122,13 +133,8 @@ impl Mapper<'_> {
         if block == 0 || block >= self.volume.blocks {
             return Err(self.damaged("a map outside the file system"));
         }
-        let mut bytes = vec![0u8; usize::try_from(self.volume.block_size).unwrap_or_default()];
-        self.disk.read_exact_at(&mut bytes, block * self.volume.block_size).map_err(|source| JournalError::Read {
-            what: "the journal's block map",
-            block,
-            source,
-        })?;
-        Ok(bytes)
+        let (size, offset) = (self.volume.block_size, block * self.volume.block_size);
+        read(self.disk, self.volume, "the journal's block map", offset, size)
     }
 
     /// Appends a run; they come in ascending order.
@@ -213,3 +219,7 @@ impl Mapper<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "mapping_test.rs"]
+mod tests;

@@ -23,3 +23,10 @@ pub fn parse_superblock(image: &[u8]) -> JournalSuperblock {
 pub fn superblock_checksum(superblock: &[u8]) -> u32 {
     without_field(crc32c(), superblock, 0xfc)
 }
+
+/// Where in the image the journal's inode is.
+pub fn inode_place(image: &[u8]) -> u64 {
+    let image = image.to_vec();
+    let volume = Volume::needing_recovery(&image).unwrap().expect("it needs recovery");
+    super::mapping::inode_place(&image, &volume).unwrap()
+}

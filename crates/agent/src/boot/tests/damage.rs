@@ -9,10 +9,16 @@ use crate::boot::{Override, ReadAt, discover};
 use proptest::prelude::*;
 
 /// A good disk with some bytes replaced, counting what is read.
-struct Damaged {
+pub struct Damaged {
     base: &'static [u8],
     patches: Vec<(u64, Vec<u8>)>,
-    read: AtomicU64,
+    pub read: AtomicU64,
+}
+
+impl Damaged {
+    pub fn new(base: &'static [u8], patches: Vec<(u64, Vec<u8>)>) -> Self {
+        Self { base, patches, read: AtomicU64::new(0) }
+    }
 }
 
 impl ReadAt for Damaged {
@@ -74,7 +80,7 @@ proptest! {
     #![proptest_config(cases(1500))]
     #[test]
     fn damaged_disks_harm_nobody(patches in patches()) {
-        let disk = Arc::new(Damaged { base: good(), patches, read: AtomicU64::new(0) });
+        let disk = Arc::new(Damaged::new(good(), patches));
         let _ = discover(&(disk.clone() as Arc<dyn ReadAt>), &Override::default());
         // 10 MiB of disk: whatever it claims about itself must not make us read it hundreds of times.
         prop_assert!(disk.read.load(Ordering::Relaxed) < 3 << 30);
