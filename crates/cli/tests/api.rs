@@ -5,7 +5,7 @@ mod support;
 
 use std::os::unix::fs::FileExt;
 
-use hearth_proto::v1::{Image, ImageState, InstanceState, Progress, StateReason};
+use hearth_proto::v1::{Image, ImageState, InstanceState, ModifyInstanceAttributeRequest, Progress, StateReason};
 use support::{Bed, Watch, instance};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -142,6 +142,35 @@ async fn a_launch_carries_what_was_asked_and_a_client_token() {
     assert!(asked.client_token.len() == 32 && again.len() == 32 && asked.client_token != again);
     std::fs::write(&user_data, vec![b'x'; (16 << 10) + 1]).unwrap();
     assert_eq!(bed.run(&args).await.code, 2);
+}
+
+#[tokio::test]
+async fn only_the_attributes_that_are_named_are_modified() {
+    let bed = Bed::new().await;
+    bed.state().instances = vec![instance(0x11, "web", InstanceState::Stopped)];
+    let modify = async |flags: &[&str]| bed.run(&[&["instance", "modify", "web", "-o", "id"], flags].concat()).await;
+    assert_eq!(modify(&["--termination-protection", "off"]).await.out, "i-00000000000000011\n");
+    std::fs::write(bed.path("empty"), "").unwrap();
+    let file = bed.path("empty");
+    let many = ["--termination-protection", "on", "--shutdown-behavior", "terminate", "--type", "m5.large"];
+    let said = modify(&[&many[..], &["--user-data", file.to_str().unwrap()]].concat()).await;
+    assert_eq!(said.code, 0, "{said:?}");
+    let instance_id = "i-00000000000000011".to_owned();
+    let first = ModifyInstanceAttributeRequest {
+        instance_id: instance_id.clone(),
+        disable_api_termination: Some(false),
+        ..Default::default()
+    };
+    let second = ModifyInstanceAttributeRequest {
+        instance_id,
+        disable_api_termination: Some(true),
+        instance_initiated_shutdown_behavior: Some("terminate".into()),
+        instance_type: Some("m5.large".into()),
+        user_data: Some(Vec::new().into()),
+    };
+    assert_eq!(bed.state().modified, [first, second]);
+    assert_eq!(modify(&[]).await.code, 2, "nothing to modify is a mistake");
+    assert_eq!(modify(&["--termination-protection", "maybe"]).await.code, 2);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use crate::core::Core;
 
 pub(crate) mod account;
 pub(crate) mod agent;
+pub(crate) mod attribute;
 pub(crate) mod console;
 pub(crate) mod enroll;
 pub(crate) mod host;

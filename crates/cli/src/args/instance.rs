@@ -96,6 +96,15 @@ Examples:
         #[command(flatten)]
         wait: WaitFlags,
     },
+    /// Change what an instance was launched with
+    #[command(after_help = "\
+Type and user data can only be changed while the instance is stopped; its next start takes them up.
+
+Examples:
+  hearth instance modify web --termination-protection off
+  hearth instance modify web --shutdown-behavior terminate
+  hearth instance stop web --wait && hearth instance modify web --type m5.large")]
+    Modify(ModifyArgs),
     /// Connect to the serial console
     #[command(after_help = "\
 On a terminal, Ctrl-] or ~. at the start of a line ends the connection (~~ sends one ~).
@@ -180,7 +189,7 @@ pub struct RunArgs {
     /// What a power-off from inside does
     #[arg(long, value_enum, default_value = "stop", value_name = "ACTION")]
     pub on_guest_shutdown: GuestShutdown,
-    /// Refuse `terminate` until this is lifted
+    /// Refuse `terminate` until this is lifted (`modify --termination-protection off`)
     #[arg(long)]
     pub protect: bool,
     /// Makes repeating the same call harmless: at most 64 characters [default: a fresh one per call]
@@ -203,6 +212,44 @@ pub struct RunArgs {
     /// How long to wait at most
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = types::parse_duration)]
     pub timeout: Duration,
+}
+
+/// A switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Set
+    On,
+    /// Not set
+    Off,
+}
+
+/// Flags of `modify`.
+#[derive(Debug, Args)]
+pub struct ModifyArgs {
+    /// Which
+    #[arg(value_name = "INSTANCE", help = WHICH)]
+    pub instance: String,
+    /// What to change
+    #[command(flatten)]
+    pub attributes: AttributeFlags,
+}
+
+/// Attributes of an instance; what is not given stays.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct AttributeFlags {
+    /// Whether `terminate` is refused
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub termination_protection: Option<Switch>,
+    /// What a power-off from inside does: stop or terminate
+    #[arg(long, value_enum, value_name = "ACTION", hide_possible_values = true)]
+    pub shutdown_behavior: Option<GuestShutdown>,
+    /// Another instance type (only while it is stopped)
+    #[arg(short = 't', long = "type", value_name = "TYPE")]
+    pub instance_type: Option<String>,
+    /// Other user data, at most 16 KiB, - = standard input (only while it is stopped)
+    #[arg(long, value_name = "FILE")]
+    pub user_data: Option<PathBuf>,
 }
 
 /// Flags of `console`.

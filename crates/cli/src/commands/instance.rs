@@ -4,14 +4,15 @@ use std::io::Write;
 
 use hearth_proto::v1::{
     Filter, GetConsoleOutputRequest, GetInstanceRequest, Instance, InstanceState, InstanceStateChange,
-    InstanceTypeInfo, ListInstanceTypesRequest, PageRequest, Placement, PlacementStrategy, RebootInstancesRequest,
-    RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, Tag, TerminateInstancesRequest,
+    InstanceTypeInfo, ListInstanceTypesRequest, ModifyInstanceAttributeRequest, PageRequest, Placement,
+    PlacementStrategy, RebootInstancesRequest, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, Tag,
+    TerminateInstancesRequest,
 };
 use serde_json::{Value, json};
 
 use super::confirm::confirm;
 use super::{Context, console, lookup, read_input};
-use crate::args::instance::{GuestShutdown, RunArgs, WaitFor};
+use crate::args::instance::{GuestShutdown, ModifyArgs, RunArgs, Switch, WaitFor};
 use crate::args::{InstanceCommand, InstanceTypeCommand, OutputForm, WaitFlags};
 use crate::client::{all_pages, filters, fresh_client_token, tags};
 use crate::error::CliError;
@@ -76,6 +77,7 @@ pub async fn run(context: &Context, command: InstanceCommand) -> Result<(), CliE
             let changes = client.unwrap(client.instances().terminate_instances(request).await)?.changes;
             changed(context, changes, Goal::State(InstanceState::Terminated), wait).await
         }
+        InstanceCommand::Modify(args) => modify(context, args).await,
         InstanceCommand::Console(args) => {
             let id = lookup::instance(client, &args.instance).await?;
             console::run(client, &id, &args).await
@@ -139,10 +141,6 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         strategy: if args.spread { PlacementStrategy::Spread } else { PlacementStrategy::Unspecified }.into(),
         spread_group: args.spread_group.unwrap_or_default(),
     };
-    let behavior = match args.on_guest_shutdown {
-        GuestShutdown::Stop => "stop",
-        GuestShutdown::Terminate => "terminate",
-    };
     let request = RunInstancesRequest {
         image_id,
         instance_type: args.instance_type,
@@ -155,7 +153,7 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         placement: Some(placement),
         network_interface_count: args.network_interfaces,
         root_volume_bytes: args.root_size.unwrap_or_default(),
-        instance_initiated_shutdown_behavior: behavior.to_owned(),
+        instance_initiated_shutdown_behavior: behavior(args.on_guest_shutdown),
         disable_api_termination: args.protect,
         dry_run: args.dry_run,
     };
@@ -183,6 +181,31 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         eprintln!("\nconsole: hearth instance console {named}");
     }
     Ok(())
+}
+
+/// EC2's word for it.
+fn behavior(action: GuestShutdown) -> String {
+    match action {
+        GuestShutdown::Stop => "stop",
+        GuestShutdown::Terminate => "terminate",
+    }
+    .to_owned()
+}
+
+async fn modify(context: &Context, args: ModifyArgs) -> Result<(), CliError> {
+    let client = &context.client;
+    let attributes = args.attributes;
+    let read = |path| read_input(path, MAX_USER_DATA, "user data");
+    let user_data = attributes.user_data.as_deref().map(read).transpose()?;
+    let request = ModifyInstanceAttributeRequest {
+        instance_id: lookup::instance(client, &args.instance).await?,
+        disable_api_termination: attributes.termination_protection.map(|switch| switch == Switch::On),
+        instance_initiated_shutdown_behavior: attributes.shutdown_behavior.map(behavior),
+        instance_type: attributes.instance_type,
+        user_data: user_data.map(Into::into),
+    };
+    let changed = client.unwrap(client.instances().modify_instance_attribute(request).await)?;
+    output::print_one(&changed, context.output)
 }
 
 /// A state change as a row.

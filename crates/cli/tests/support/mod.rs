@@ -32,6 +32,7 @@ pub struct State {
     /// The next call fails with this.
     pub failure: Option<Status>,
     pub launched: Vec<RunInstancesRequest>,
+    pub modified: Vec<ModifyInstanceAttributeRequest>,
     pub listed: Vec<ListInstancesRequest>,
     pub upload: Vec<u8>,
     pub upload_messages: usize,
@@ -147,6 +148,12 @@ impl InstanceService for Fake {
         };
         let changes = request.into_inner().instance_ids.into_iter().map(change).collect();
         Ok(Response::new(StopInstancesResponse { changes }))
+    }
+
+    async fn modify_instance_attribute(&self, request: Request<ModifyInstanceAttributeRequest>) -> Answer<Instance> {
+        let mut state = self.begin(&request)?;
+        state.modified.push(request.into_inner());
+        state.instances.first().cloned().map(Response::new).ok_or_else(|| Status::not_found("modify"))
     }
 
     async fn reboot_instances(&self, _: Request<RebootInstancesRequest>) -> Answer<RebootInstancesResponse> {

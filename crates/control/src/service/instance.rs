@@ -293,6 +293,14 @@ impl v1::instance_service_server::InstanceService for Api {
         Ok(Response::new(v1::TerminateInstancesResponse { changes }))
     }
 
+    async fn modify_instance_attribute(
+        &self,
+        request: Request<v1::ModifyInstanceAttributeRequest>,
+    ) -> Answer<v1::Instance> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_modify_instance_attribute(&account, request.into_inner()).await?))
+    }
+
     type WatchInstancesStream = Pin<Box<dyn Stream<Item = Result<v1::Instance, Status>> + Send>>;
 
     async fn watch_instances(&self, request: Request<v1::WatchInstancesRequest>) -> Answer<Self::WatchInstancesStream> {

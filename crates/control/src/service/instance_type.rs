@@ -2,12 +2,13 @@
 
 use hearth_proto::v1;
 use hearth_types::InstanceType;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::Api;
-use crate::api_error::ApiError;
+use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
 use crate::check;
+use crate::core::Core;
 use crate::paging::Pager;
 
 const FILTERS: [&str; 4] =
@@ -21,6 +22,14 @@ pub(crate) fn resources(kind: &InstanceType) -> v1::Resources {
         ecu_milli: resources.ecu_milli,
         instance_store_bytes: resources.instance_store_bytes,
     }
+}
+
+/// The type with this name.
+pub(crate) fn find(core: &Core, name: &str) -> ApiResult<InstanceType> {
+    core.catalogue.get(name).cloned().ok_or_else(|| {
+        let message = format!("instance_type: there is no type '{name:.40}'; see `hearth instance-type list`");
+        ApiError::new(Code::InvalidArgument, "InvalidInstanceType", message).with("parameter", "instance_type")
+    })
 }
 
 fn view(kind: &InstanceType) -> v1::InstanceTypeInfo {

@@ -20,7 +20,7 @@ use crate::tables::Tables;
 /// Attempts of a start when instances change under the call.
 const MAX_ATTEMPTS: u32 = 20;
 
-fn wrong_state(id: &str, state: InstanceState, action: &str) -> ApiError {
+pub(crate) fn wrong_state(id: &str, state: InstanceState, action: &str) -> ApiError {
     let message = format!("instance {id} is {state}; it cannot be {action}");
     ApiError::wrong_state("IncorrectInstanceState", message).with("instance_id", id).with("state", state)
 }
@@ -121,7 +121,7 @@ impl Api {
             InstanceState::ShuttingDown | InstanceState::Terminated => Ok(None),
             _ if spec.disable_api_termination => {
                 let id = &spec.instance_id;
-                let message = format!("instance {id} is protected: it was launched with disable_api_termination");
+                let message = format!("instance {id} is protected: its attribute disable_api_termination is set");
                 let error = ApiError::new(Code::FailedPrecondition, "OperationNotPermitted", message);
                 Err(error.with("instance_id", id))
             }

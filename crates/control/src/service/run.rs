@@ -7,7 +7,6 @@ use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::{Revision, Txn, limits};
 use hearth_types::{InstanceId, InstanceType, ReservationId, VolumeId};
-use tonic::Code;
 
 use super::idempotency::ClientToken;
 use super::{Api, image, instance, instance_type, key_pair};
@@ -88,11 +87,7 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     if request.instance_type.is_empty() {
         return Err(ApiError::missing("instance_type"));
     }
-    let kind = core.catalogue.get(&request.instance_type).cloned().ok_or_else(|| {
-        let message =
-            format!("instance_type: there is no type '{:.40}'; see `hearth instance-type list`", request.instance_type);
-        ApiError::new(Code::InvalidArgument, "InvalidInstanceType", message).with("parameter", "instance_type")
-    })?;
+    let kind = instance_type::find(core, &request.instance_type)?;
     let min = request.min_count.max(1) as usize;
     let max = if request.max_count == 0 { min } else { request.max_count as usize };
     if min > max {
@@ -111,10 +106,7 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
         );
         return Err(ApiError::invalid("max_count", message));
     }
-    if request.user_data.len() > MAX_USER_DATA_BYTES {
-        let message = format!("has {} bytes, at most {MAX_USER_DATA_BYTES}", request.user_data.len());
-        return Err(ApiError::invalid("user_data", message));
-    }
+    check_user_data(&request.user_data)?;
     check::client_token(&request.client_token)?;
     check::tags(&request.tags)?;
     if request.root_volume_bytes > MAX_ROOT_VOLUME_BYTES {
@@ -122,12 +114,8 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     }
     request.root_volume_bytes = request.root_volume_bytes.next_multiple_of(512);
     let behavior = match request.instance_initiated_shutdown_behavior.as_str() {
-        "" | SHUTDOWN_STOP => SHUTDOWN_STOP,
-        SHUTDOWN_TERMINATE => SHUTDOWN_TERMINATE,
-        other => {
-            let message = format!("is '{other:.20}', must be '{SHUTDOWN_STOP}' or '{SHUTDOWN_TERMINATE}'");
-            return Err(ApiError::invalid("instance_initiated_shutdown_behavior", message));
-        }
+        "" => SHUTDOWN_STOP,
+        other => check_shutdown_behavior(other)?,
     };
     if let Some(wish) = &request.placement {
         check::text("placement.availability_zone", &wish.availability_zone, MAX_PLACEMENT_CHARS)?;
@@ -136,6 +124,25 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     }
     let behavior = behavior.to_owned();
     Ok(Plan { request, kind, min, max, nics, behavior })
+}
+
+pub(crate) fn check_user_data(user_data: &[u8]) -> ApiResult<()> {
+    if user_data.len() > MAX_USER_DATA_BYTES {
+        let message = format!("has {} bytes, at most {MAX_USER_DATA_BYTES}", user_data.len());
+        return Err(ApiError::invalid("user_data", message));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_shutdown_behavior(behavior: &str) -> ApiResult<&'static str> {
+    match behavior {
+        SHUTDOWN_STOP => Ok(SHUTDOWN_STOP),
+        SHUTDOWN_TERMINATE => Ok(SHUTDOWN_TERMINATE),
+        other => {
+            let message = format!("is '{other:.20}', must be '{SHUTDOWN_STOP}' or '{SHUTDOWN_TERMINATE}'");
+            Err(ApiError::invalid("instance_initiated_shutdown_behavior", message))
+        }
+    }
 }
 
 /// A locally administered unicast address that looks like no vendor's.
@@ -147,7 +154,7 @@ fn new_mac() -> ApiResult<String> {
 }
 
 /// Serials are what the guest reads, 20 bytes at most: `is`, the instance's 17 digits, a letter.
-fn instance_store(kind: &InstanceType, id: &InstanceId) -> Vec<v1::InstanceStoreDisk> {
+pub(crate) fn instance_store(kind: &InstanceType, id: &InstanceId) -> Vec<v1::InstanceStoreDisk> {
     let disk = |(index, (gib, letter)): (usize, (&u64, char))| v1::InstanceStoreDisk {
         virtual_name: format!("ephemeral{index}"),
         serial: format!("is{}{letter}", id.hex()),

@@ -6,6 +6,7 @@ mod cloud;
 
 mod access;
 mod agents;
+mod attributes;
 mod crash;
 mod hostile;
 mod images;
