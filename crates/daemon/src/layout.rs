@@ -56,7 +56,7 @@ pub fn agent(settings: &Settings) -> Result<AgentConfig, DaemonError> {
     config.reserved_memory_mib = settings.reserved_memory_mib.or(config.reserved_memory_mib);
     config.reserved_disk_bytes = settings.reserved_disk_bytes.or(config.reserved_disk_bytes);
     set(&mut config.network.bridge, settings.bridge.clone());
-    set(&mut config.network.instance_cidr, settings.instance_cidr);
+    set(&mut config.network.instance_cidr, settings.instance_cidr.map(|cidr| cidr.0));
     set(&mut config.network.nat, settings.nat);
     set(&mut config.network.mtu, settings.mtu);
     if !settings.dns.is_empty() {
@@ -67,10 +67,6 @@ pub fn agent(settings: &Settings) -> Result<AgentConfig, DaemonError> {
     }
     if config.uid_base.checked_add(config.uid_count).is_none() || config.uid_count == 0 {
         return Err(refuse("uid-count", "no room behind uid-base"));
-    }
-    let cidr = config.network.instance_cidr;
-    if cidr.prefix_len() > 29 {
-        return Err(refuse("instance-cidr", format!("{cidr} has no room for instances, take /29 or larger")));
     }
     // IFNAMSIZ of linux/if.h, 16 with the terminator.
     if config.network.bridge.is_empty() || config.network.bridge.len() > 15 {
@@ -145,8 +141,6 @@ mod tests {
         assert!(refused(Settings { uid_base: Some(0), ..Settings::default() }).contains("uid-base"));
         assert!(refused(Settings { uid_base: Some(u32::MAX), ..Settings::default() }).contains("uid-count"));
         assert!(refused(Settings { bridge: Some("a".repeat(16)), ..Settings::default() }).contains("bridge"));
-        let narrow = Some("10.0.0.0/30".parse().unwrap());
-        assert!(refused(Settings { instance_cidr: narrow, ..Settings::default() }).contains("instance-cidr"));
         let mut config = agent(&Settings::default()).unwrap();
         let plain = Settings { control: vec!["http://x:1".into()], ..Settings::default() };
         assert!(join(&plain, &mut config).unwrap_err().to_string().contains("https://"));

@@ -105,6 +105,27 @@ impl TryFrom<String> for Span {
     }
 }
 
+/// Network of a host's instances, of a size that one can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct InstanceCidr(pub Ipv4Net);
+
+impl FromStr for InstanceCidr {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let network: Ipv4Net = text.parse().map_err(|_| "is no IPv4 network (write it as 172.30.0.0/20)".to_owned())?;
+        hearth_net::check_instance_cidr(network).map_err(|error| error.to_string())?;
+        Ok(Self(network))
+    }
+}
+
+impl TryFrom<String> for InstanceCidr {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 macro_rules! settings {
     ($($(#[$meta:meta])* $name:ident: $kind:ty,)*) => {
         /// Every setting; what is `None` (or empty) was not given.
@@ -207,9 +228,9 @@ settings! {
     /// Bridge that instances are connected to [default: hearth0]
     #[arg(long, value_name = "NAME", help_heading = "Agent")]
     bridge: Option<String>,
-    /// Addresses of instances; the first is the bridge's [default: 172.30.0.0/20]
+    /// Addresses of instances, a network of /8 to /28; the first is the bridge's [default: 172.30.0.0/20]
     #[arg(long, value_name = "CIDR", help_heading = "Agent")]
-    instance_cidr: Option<Ipv4Net>,
+    instance_cidr: Option<InstanceCidr>,
     /// Whether instances reach other networks through this host's address [default: true]
     #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true", help_heading = "Agent")]
     nat: Option<bool>,

@@ -42,12 +42,38 @@ fn mistakes_in_the_file_are_shown_with_their_place() {
         ("listen = 'here'", "listen"),
         ("stop-timeout = '9 fortnights'", "write it as 90s"),
         ("instance-cidr = '172.30.0.0/40'", "instance-cidr"),
+        ("instance-cidr = '172.30.0.0/29'", "/8 to /28"),
         ("state-dir = ", "line 1"),
     ] {
         std::fs::write(&file, text).unwrap();
         let error = Settings::resolve(Settings::default(), &file).unwrap_err();
         let shown = error.to_string();
         assert!(shown.contains(told) && shown.contains("hearthd.toml"), "{text}: {shown}");
+    }
+}
+
+#[test]
+fn an_instance_network_is_one_that_the_network_takes() {
+    for role in ["up", "agent"] {
+        let parse = |cidr: &str| Arguments::try_parse_from(["hearthd", role, "--instance-cidr", cidr]);
+        for fine in ["10.0.0.0/8", "172.30.0.0/20", "192.168.7.0/28"] {
+            let (_, settings) = parse(fine).unwrap().split();
+            assert_eq!(settings.instance_cidr.unwrap().0.to_string(), fine);
+        }
+        for (bad, told) in [
+            ("172.30.0.0/29", "must be /8 to /28"),
+            ("172.30.0.0/32", "must be /8 to /28"),
+            ("0.0.0.0/0", "must be /8 to /28"),
+            ("10.0.0.0/7", "must be /8 to /28"),
+            ("172.30.0.1/20", "did you mean 172.30.0.0/20?"),
+            ("172.30.0.0", "172.30.0.0/20"),
+            ("fd00::/64", "no IPv4 network"),
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            let shown = error.to_string();
+            assert!(shown.contains("--instance-cidr") && shown.contains(told), "{bad}: {shown}");
+        }
     }
 }
 

@@ -10,6 +10,9 @@ use crate::NetError;
 /// Smallest network that still holds a gateway and a useful number of instances.
 const LONGEST_PREFIX: u8 = 28;
 
+/// Largest network that is one host's.
+const SHORTEST_PREFIX: u8 = 8;
+
 /// The longest interface name Linux takes, without its NUL.
 const MAX_INTERFACE_NAME: usize = 15;
 
@@ -44,24 +47,29 @@ impl HostNetworkConfig {
         if !self.bridge.starts_with(|c: char| c.is_ascii_alphabetic()) {
             return Err(NetError::Config(format!("bridge name '{}' must begin with a letter", self.bridge)));
         }
-        if self.instance_cidr.prefix_len() > LONGEST_PREFIX || self.instance_cidr.prefix_len() < 8 {
-            return Err(NetError::Config(format!(
-                "instance network {}: its prefix must be /8 to /{LONGEST_PREFIX}",
-                self.instance_cidr
-            )));
-        }
-        if self.instance_cidr.network() != self.instance_cidr.addr() {
-            return Err(NetError::Config(format!(
-                "instance network {} has host bits set; did you mean {}?",
-                self.instance_cidr,
-                self.instance_cidr.trunc()
-            )));
-        }
+        check_instance_cidr(self.instance_cidr)?;
         if self.dns.len() > 4 {
             return Err(NetError::Config(format!("{} name servers, at most 4", self.dns.len())));
         }
         Ok(())
     }
+}
+
+/// Refuses a network that is too small or too large to be one host's instance network, or is written with host bits.
+///
+/// # Errors
+/// [`NetError::Config`].
+pub fn check_instance_cidr(cidr: Ipv4Net) -> Result<(), NetError> {
+    if !(SHORTEST_PREFIX..=LONGEST_PREFIX).contains(&cidr.prefix_len()) {
+        return Err(NetError::Config(format!(
+            "instance network {cidr}: its prefix must be /{SHORTEST_PREFIX} to /{LONGEST_PREFIX}"
+        )));
+    }
+    if cidr.network() != cidr.addr() {
+        let meant = cidr.trunc();
+        return Err(NetError::Config(format!("instance network {cidr} has host bits set; did you mean {meant}?")));
+    }
+    Ok(())
 }
 
 /// A NIC to make a tap for.

@@ -16,7 +16,7 @@ mod links;
 mod metadata;
 mod tap;
 
-pub use config::{HostNetworkConfig, InstanceMetadata, Nic, NicConfig, tap_name};
+pub use config::{HostNetworkConfig, InstanceMetadata, Nic, NicConfig, check_instance_cidr, tap_name};
 pub use dhcp::host_name;
 pub use error::NetError;
 pub use host::HostNetwork;
