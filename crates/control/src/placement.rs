@@ -37,6 +37,13 @@ pub(crate) struct Placement {
     counts: HashMap<String, Count>,
 }
 
+/// See [`Placement::room`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Room {
+    pub allocated: v1::Resources,
+    pub allocatable: v1::Resources,
+}
+
 #[derive(Clone, Copy, Default)]
 struct Count {
     standing: u32,
@@ -244,8 +251,12 @@ impl Placement {
         }
     }
 
-    /// What is promised on a host.
-    pub fn allocated(&self, host: &str) -> v1::Resources {
-        self.scheduler.host(&host.to_owned()).map(|view| to_proto(&view.allocated)).unwrap_or_default()
+    /// What is promised on a host, and what may be promised there all together.
+    pub fn room(&self, host: &str) -> Room {
+        let view = self.scheduler.host(&host.to_owned());
+        view.map_or_else(Room::default, |view| Room {
+            allocated: to_proto(&view.allocated),
+            allocatable: to_proto(&view.allocatable),
+        })
     }
 }

@@ -17,9 +17,23 @@ fn state_name(host: &Host) -> String {
     if host.connected { state.to_owned() } else { format!("{state}, silent") }
 }
 
-/// "3/8": taken of all.
+/// "3/16": taken of all that instances can be given.
 fn share(taken: u64, all: u64) -> String {
     format!("{taken}/{all}")
+}
+
+/// What the scheduler gives out at most. Control planes before this field knew nothing but the capacity.
+fn allocatable(host: &Host) -> Resources {
+    host.allocatable.or(host.capacity).unwrap_or_default()
+}
+
+/// "8 x 2.00": threads of the machine, and how many vCPUs are offered for each.
+fn threads(host: &Host) -> String {
+    let threads = host.capacity.unwrap_or_default().vcpus;
+    match host.vcpu_overcommit_percent {
+        0 | 100 => threads.to_string(),
+        percent => format!("{threads} x {}.{:02}", percent / 100, percent % 100),
+    }
 }
 
 impl View for Host {
@@ -28,9 +42,10 @@ impl View for Host {
         "NAME",
         "STATE",
         "INSTANCES",
-        "VCPU",
-        "MEMORY",
+        "VCPU USED",
+        "MEMORY USED",
         "ZONE",
+        "THREADS",
         "ECU",
         "INSTANCE STORE",
         "SEEN",
@@ -42,7 +57,7 @@ impl View for Host {
     const NARROW: usize = 7;
 
     fn cells(&self) -> Vec<String> {
-        let (all, taken) = (self.capacity.unwrap_or_default(), self.allocated.unwrap_or_default());
+        let (all, taken) = (allocatable(self), self.allocated.unwrap_or_default());
         vec![
             self.host_id.clone(),
             self.name.clone(),
@@ -51,6 +66,7 @@ impl View for Host {
             share(taken.vcpus.into(), all.vcpus.into()),
             format!("{} of {}", human::bytes(taken.memory_mib << 20), human::bytes(all.memory_mib << 20)),
             self.availability_zone.clone(),
+            threads(self),
             format!("{}/{}", human::ecu(taken.ecu_milli), human::ecu(all.ecu_milli)),
             format!("{} of {}", human::bytes(taken.instance_store_bytes), human::bytes(all.instance_store_bytes)),
             human::age(&self.last_seen, OffsetDateTime::now_utc()),
@@ -68,7 +84,7 @@ impl View for Host {
             ecu_milli: all.ecu_milli.saturating_sub(taken.ecu_milli),
             instance_store_bytes: all.instance_store_bytes.saturating_sub(taken.instance_store_bytes),
         };
-        let free = self.capacity.map(|all| free(all, self.allocated.unwrap_or_default()));
+        let free = self.capacity.map(|_| free(allocatable(self), self.allocated.unwrap_or_default()));
         json!({
             "host_id": self.host_id,
             "name": self.name,
@@ -78,6 +94,8 @@ impl View for Host {
             "availability_zone": self.availability_zone,
             "instance_count": self.instance_count,
             "capacity": resources(self.capacity.as_ref()),
+            "vcpu_overcommit_percent": self.vcpu_overcommit_percent,
+            "allocatable": resources(self.capacity.map(|_| allocatable(self)).as_ref()),
             "allocated": resources(self.allocated.as_ref()),
             "free": resources(free.as_ref()),
             "agent_version": self.agent_version,
@@ -90,5 +108,33 @@ impl View for Host {
 
     fn id(&self) -> String {
         self.host_id.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_used_is_compared_with_what_the_scheduler_gives_out() {
+        let machine = Resources { vcpus: 8, memory_mib: 16384, ..Resources::default() };
+        let mut host = Host {
+            capacity: Some(machine),
+            allocatable: Some(Resources { vcpus: 20, ..machine }),
+            allocated: Some(Resources { vcpus: 9, memory_mib: 4096, ..Resources::default() }),
+            vcpu_overcommit_percent: 250,
+            ..Host::default()
+        };
+        let cell = |host: &Host, column: &str| {
+            let at = Host::COLUMNS.iter().position(|name| *name == column).unwrap();
+            host.cells()[at].clone()
+        };
+        assert_eq!((cell(&host, "VCPU USED"), cell(&host, "THREADS")), ("9/20".into(), "8 x 2.50".into()));
+        let value = host.value();
+        assert_eq!((&value["free"]["vcpus"], &value["allocatable"]["vcpus"]), (&json!(11), &json!(20)));
+        assert_eq!((&value["capacity"]["vcpus"], &value["vcpu_overcommit_percent"]), (&json!(8), &json!(250)));
+        host.allocatable = None;
+        host.vcpu_overcommit_percent = 100;
+        assert_eq!((cell(&host, "VCPU USED"), cell(&host, "THREADS")), ("9/8".into(), "8".into()));
     }
 }

@@ -36,6 +36,7 @@ fn view(core: &Core, spec: &rec::HostSpec, status: Option<&rec::HostStatus>) -> 
         connected: core.live.connected(&spec.host_id),
         last_seen: if seen == 0 { String::new() } else { clock::rfc3339(seen) },
         capacity: status.capacity,
+        vcpu_overcommit_percent: status.vcpu_overcommit_percent,
         agent_version: status.agent_version,
         kernel_version: status.kernel_version,
         instance_cidr: status.instance_cidr,
@@ -69,7 +70,9 @@ impl Api {
     fn add_allocations(&self, hosts: &mut [v1::Host]) {
         self.core.with_placement(|tables, placement| {
             for host in hosts {
-                host.allocated = Some(placement.allocated(&host.host_id));
+                let room = placement.room(&host.host_id);
+                host.allocated = Some(room.allocated);
+                host.allocatable = Some(room.allocatable);
                 let placed = tables.instances_on.get(&host.host_id).into_iter().flatten();
                 let count = placed.filter(|id| is_there(tables, id)).count();
                 host.instance_count = u32::try_from(count).unwrap_or(u32::MAX);

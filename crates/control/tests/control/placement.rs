@@ -35,6 +35,27 @@ fn per_host(answer: &v1::RunInstancesResponse) -> BTreeMap<String, usize> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_shows_the_room_that_the_scheduler_uses() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut agent = FakeAgent::join(&cloud, "host-a").await;
+    agent.hello.capacity =
+        Some(v1::Resources { vcpus: 2, memory_mib: 32768, ecu_milli: 64000, instance_store_bytes: 0 });
+    agent.hello.vcpu_overcommit_percent = 350;
+    let _session = agent.connect(&cloud).await.unwrap();
+    let mut user = cloud.user().await;
+    let image = user.import("debian").await;
+    user.run(wish(v1::Placement::default(), 7, &image)).await.unwrap();
+    let host = user.host("host-a").await;
+    assert_eq!((host.capacity.unwrap().vcpus, host.vcpu_overcommit_percent), (2, 350));
+    let (allocatable, allocated) = (host.allocatable.unwrap(), host.allocated.unwrap());
+    assert_eq!((allocatable.vcpus, allocated.vcpus), (7, 7), "two threads, three and a half vCPUs each");
+    assert_eq!((allocatable.memory_mib, allocated.memory_mib), (32768, 7 * 512));
+    let error = user.run(wish(v1::Placement::default(), 1, &image)).await.unwrap_err();
+    assert_eq!(reason(&error), "InsufficientInstanceCapacity");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn instances_pack_and_spread_as_asked() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
