@@ -56,7 +56,10 @@ pub(crate) struct Core {
     /// Cancelled when the tables are fed no more.
     blind: CancellationToken,
     store: Arc<dyn Store>,
-    leadership: Leadership,
+    /// The newest term.
+    leadership: watch::Sender<Leadership>,
+    /// Highest term that a write has found to be over.
+    over: watch::Sender<Revision>,
     tables: RwLock<Tables>,
     /// Locked after `tables`, never before.
     placement: Mutex<Placement>,
@@ -101,7 +104,8 @@ impl Core {
             catalogue,
             pki,
             store,
-            leadership,
+            over: watch::Sender::new(0),
+            leadership: watch::Sender::new(leadership),
             stop,
             blind: CancellationToken::new(),
             tables: RwLock::new(tables),
@@ -129,7 +133,7 @@ impl Core {
     }
 
     pub fn term(&self) -> u64 {
-        u64::try_from(self.leadership.term).unwrap_or(0)
+        u64::try_from(self.leadership.borrow().term).unwrap_or(0)
     }
 
     pub fn changes(&self) -> broadcast::Receiver<Arc<Touched>> {
@@ -137,33 +141,47 @@ impl Core {
     }
 
     /// Commits as leader, then waits until the tables show the outcome, so that the caller reads its own write (or, after a
-    /// conflict, what it lost against).
+    /// conflict, what it lost against). When the term turns out to be over, it waits for the next one and tries again: there
+    /// is one only if nobody else has led in between, so what the transaction was made from still holds.
     pub async fn commit(&self, txn: Txn) -> ApiResult<Commit> {
-        let outcome = match self.store.txn(txn.guard(&self.leadership)).await {
-            Ok(outcome) => outcome,
-            Err(error) => {
-                let fatal = matches!(error, hearth_store::Error::WritesStopped { .. } | hearth_store::Error::Closed);
-                if fatal {
-                    self.die(ControlError::Store(error.clone()));
+        let mut leading = self.leadership.subscribe();
+        loop {
+            let leadership = leading.borrow_and_update().clone();
+            let outcome = match self.store.txn(txn.clone().guard(&leadership)).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    use hearth_store::Error as E;
+                    if matches!(error, E::WritesStopped { .. } | E::Closed) {
+                        self.die(ControlError::Store(error.clone()));
+                    }
+                    return Err(error.into());
                 }
-                return Err(error.into());
+            };
+            match outcome {
+                TxnOutcome::Conflict { index: 0, .. } => {
+                    self.over.send_if_modified(|over| std::mem::replace(over, leadership.term.max(*over)) < *over);
+                    self.wait_for_term(&mut leading).await?;
+                }
+                TxnOutcome::Conflict { index, revision } => {
+                    self.wait_applied(revision).await?;
+                    return Ok(Commit::Conflict(index - 1));
+                }
+                TxnOutcome::Committed { revision } => {
+                    self.wait_applied(revision).await?;
+                    return Ok(Commit::Done);
+                }
             }
-        };
-        match outcome {
-            TxnOutcome::Conflict { index: 0, .. } => {
-                let reason = "another control plane leads now".to_owned();
-                let error = hearth_store::Error::LeadershipLost { term: self.leadership.term, reason };
-                self.die(ControlError::Store(error.clone()));
-                Err(error.into())
-            }
-            TxnOutcome::Conflict { index, revision } => {
-                self.wait_applied(revision).await?;
-                Ok(Commit::Conflict(index - 1))
-            }
-            TxnOutcome::Committed { revision } => {
-                self.wait_applied(revision).await?;
-                Ok(Commit::Done)
-            }
+        }
+    }
+
+    /// Waits until this control plane has a new term.
+    async fn wait_for_term(&self, leading: &mut watch::Receiver<Leadership>) -> ApiResult<()> {
+        tokio::select! {
+            biased;
+            // The sender lives as long as `self`.
+            _ = leading.changed() => Ok(()),
+            () = self.stop.cancelled() => Err(ApiError::unavailable("this control plane is ending")),
+            () = tokio::time::sleep(APPLY_TIMEOUT) => Err(ApiError::unavailable("this control plane does not lead now; try again")),
         }
     }
 
@@ -251,14 +269,39 @@ impl Core {
         self.announce(Touched { instances, hosts: [host.to_owned()].into(), images: false });
     }
 
-    /// Keeps the lease until leadership is lost.
+    /// Keeps the lease, and takes it again when a stall has cost it, until another control plane leads. Nothing needs to be
+    /// rebuilt for a new term: the tables follow the store whoever leads, and the books with them; sessions send the newest
+    /// term with every message; calls try again ([`Self::commit`]).
     pub async fn hold_leadership(&self) -> ControlError {
-        ControlError::Store(self.leadership.hold(self.store.as_ref()).await)
+        let store = self.store.as_ref();
+        let mut over = self.over.subscribe();
+        loop {
+            let leadership = self.leadership.borrow().clone();
+            let term = leadership.term;
+            tokio::select! {
+                lost = leadership.hold(store) => tracing::warn!(term, %lost, "the term is over"),
+                _ = over.wait_for(|over| *over >= term) => tracing::warn!(term, "the term is over: a write was refused"),
+            }
+            match leadership.retake(store).await {
+                Ok(new) => {
+                    tracing::info!(
+                        term = new.term,
+                        before = term,
+                        name = new.name,
+                        "leads again; nobody else has led since"
+                    );
+                    self.leadership.send_replace(new);
+                    self.reconcile.notify_one();
+                }
+                Err(error) => return ControlError::Store(error),
+            }
+        }
     }
 
     /// Lets another control plane take over at once.
     pub async fn resign(&self) {
-        if let Err(error) = self.leadership.clone().resign(self.store.as_ref()).await {
+        let leadership = self.leadership.borrow().clone();
+        if let Err(error) = leadership.resign(self.store.as_ref()).await {
             tracing::debug!(%error, "leadership could not be given up; its lease will expire");
         }
     }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use hearth_store::leader::LEADER_KEY;
+use hearth_store::leader::{LAST_LEADER_KEY, LEADER_KEY};
 use sha2::{Digest, Sha256};
 
 pub(crate) const CLUSTER: &str = "/cluster";
@@ -108,7 +108,7 @@ pub(crate) enum Key<'a> {
 
 impl<'a> Key<'a> {
     pub fn parse(key: &'a str) -> Self {
-        if key == LEADER_KEY {
+        if key == LEADER_KEY || key == LAST_LEADER_KEY {
             return Self::Other;
         }
         let mut parts = key.split('/').skip(1);
@@ -187,6 +187,7 @@ mod tests {
         assert_eq!(Key::parse(&mac("0e:00")), Key::Mac("0e:00"));
         assert_eq!(Key::parse(&image_name("1", "x/y")), Key::Other);
         assert_eq!(Key::parse(LEADER_KEY), Key::Other);
+        assert_eq!(Key::parse(LAST_LEADER_KEY), Key::Other);
         assert_eq!(Key::parse("/instances/1/i-1/other"), Key::Unknown);
         assert_eq!(Key::parse("/else"), Key::Unknown);
     }

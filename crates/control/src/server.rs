@@ -216,7 +216,9 @@ impl Control {
             Some(error) => return Err(error),
             None => core.resign().await,
         }
-        Ok(drained?)
+        drained?;
+        tracing::info!(term = core.term(), "the control plane has ended as asked; leadership is given up");
+        Ok(())
     }
 }
 

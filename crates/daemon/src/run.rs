@@ -48,7 +48,11 @@ impl Parts {
             result
         };
         let rest = tokio::time::timeout(GRACE, rest).await.unwrap_or(Err(DaemonError::Stuck(GRACE.as_secs())));
-        result.and(rest)
+        let result = result.and(rest);
+        if result.is_ok() {
+            tracing::info!("ended cleanly");
+        }
+        result
     }
 }
 

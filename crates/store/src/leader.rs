@@ -17,6 +17,9 @@ use crate::store::Store;
 /// The key that the leader holds; its value is the leader's name.
 pub const LEADER_KEY: &str = "/leader";
 
+/// Tells who was elected last, also when nobody leads; its modification revision is that leader's term.
+pub const LAST_LEADER_KEY: &str = "/last-leader";
+
 /// Proof of one term as leader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leadership {
@@ -59,18 +62,43 @@ pub async fn campaign(store: &dyn Store, name: &str, ttl: Duration) -> Result<Le
             Some(kv) => wait_until_gone(store, kv.mod_revision + 1).await?,
             None => {}
         }
+        if let Claim::Won(leadership) = claim(store, Txn::new(), name, ttl).await? {
+            return Ok(leadership);
+        }
+    }
+}
+
+/// How a try to become leader ended.
+enum Claim {
+    Won(Leadership),
+    /// There is a leader.
+    Taken,
+    /// A further compare did not hold.
+    Refused,
+}
+
+/// Becomes leader if there is none and the compares of `only_if` hold.
+async fn claim(store: &dyn Store, only_if: Txn, name: &str, ttl: Duration) -> Result<Claim> {
+    loop {
         let lease = store.lease_grant(ttl).await?;
-        let claim =
-            Txn::new().compare_absent(LEADER_KEY).put_with_lease(LEADER_KEY, name.to_owned().into_bytes(), lease);
-        match store.txn(claim).await {
+        let mut txn = only_if
+            .clone()
+            .put_with_lease(LEADER_KEY, name.to_owned().into_bytes(), lease)
+            .put(LAST_LEADER_KEY, name.to_owned().into_bytes());
+        txn.compares.insert(0, Compare::CreateRevision { key: LEADER_KEY.to_owned(), equals: 0 });
+        match store.txn(txn).await {
             Ok(TxnOutcome::Committed { revision: term }) => {
-                return Ok(Leadership { term, lease, name: name.to_owned(), ttl });
+                return Ok(Claim::Won(Leadership { term, lease, name: name.to_owned(), ttl }));
             }
             // The fresh lease can only be missing after a stall of a whole TTL: try again.
             Err(Error::LeaseNotFound { .. }) => {}
-            outcome => {
+            Ok(TxnOutcome::Conflict { index, .. }) => {
                 discard(store, lease).await?;
-                outcome?;
+                return Ok(if index == 0 { Claim::Taken } else { Claim::Refused });
+            }
+            Err(error) => {
+                discard(store, lease).await?;
+                return Err(error);
             }
         }
     }
@@ -97,6 +125,40 @@ impl Leadership {
                     tracing::warn!(term = self.term, %error, "leader lease could not be kept alive");
                 }
                 Err(_) => return self.lost("the store did not answer within the lease".to_owned()),
+            }
+        }
+    }
+
+    /// Takes leadership again, under a new and greater term, after it was lost to a stall: a lease that ran out although this
+    /// process goes on. That happens only while nobody else has been elected since (not even an earlier or later life of the
+    /// same name), so what the leader holds in memory beside the store is still the whole truth. What it wrote under the lost
+    /// term and was refused may be written again under the new one.
+    ///
+    /// # Errors
+    /// [`Error::LeadershipLost`] when another was elected since; those of the store's calls, a full disk excepted, which is
+    /// waited out.
+    pub async fn retake(&self, store: &dyn Store) -> Result<Leadership> {
+        let nobody_since = Txn::new().compare_mod_revision(LAST_LEADER_KEY, self.term);
+        loop {
+            match claim(store, nobody_since.clone(), &self.name, self.ttl).await {
+                Ok(Claim::Won(leadership)) => return Ok(leadership),
+                Ok(Claim::Refused) => return Err(self.lost("another control plane has led since".to_owned())),
+                Ok(Claim::Taken) => match store.get(LEADER_KEY).await? {
+                    // Its expiry is under way, or it was given up too early.
+                    Some(kv) if kv.create_revision == self.term => depose(store, self.term, kv.lease).await?,
+                    Some(kv) => {
+                        let leader = String::from_utf8_lossy(&kv.value).into_owned();
+                        return Err(
+                            self.lost(format!("control plane '{leader}' leads now, in term {}", kv.create_revision))
+                        );
+                    }
+                    None => {}
+                },
+                Err(error @ Error::NoSpace { .. }) => {
+                    tracing::warn!(term = self.term, %error, "leadership cannot be taken again yet");
+                    tokio::time::sleep(self.ttl / 4).await;
+                }
+                Err(error) => return Err(error),
             }
         }
     }

@@ -10,6 +10,7 @@ mod attributes;
 mod crash;
 mod hostile;
 mod images;
+mod lease;
 mod life;
 mod lists;
 mod placement;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{briefs, commit, next};
-use crate::leader::{LEADER_KEY, campaign};
+use crate::leader::{LAST_LEADER_KEY, LEADER_KEY, campaign};
 use crate::limits::MIN_LEASE_TTL;
 use crate::{Error, Store, Txn, TxnOutcome};
 
@@ -68,6 +68,44 @@ pub async fn an_overtaken_leader_cannot_write(store: Arc<dyn Store>) {
     assert!(matches!(store.txn(txn()).await.unwrap(), TxnOutcome::Conflict { index: 0, .. }));
     assert_eq!(store.get("/a").await.unwrap(), None);
     commit(store.as_ref(), Txn::new().put("/a", "fresh").guard(&fresh)).await;
+}
+
+/// A leader whose lease ran out leads again, under a greater term, if nobody else was elected since.
+pub async fn a_lost_term_is_followed_by_a_new_one_unless_another_led(store: Arc<dyn Store>) {
+    let store = store.as_ref();
+    let lost = campaign(store, "one", LONG).await.unwrap();
+    store.lease_revoke(lost.lease).await.unwrap();
+    let second = lost.retake(store).await.unwrap();
+    assert!(second.term > lost.term);
+    assert_eq!((second.name.as_str(), second.ttl), ("one", LONG));
+    let write = |leader: &crate::leader::Leadership| store.txn(Txn::new().put("/a", "").guard(leader));
+    assert!(matches!(write(&lost).await.unwrap(), TxnOutcome::Conflict { index: 0, .. }));
+    assert!(write(&second).await.unwrap().is_committed());
+
+    // Given up before the store has noticed: the old term ends, and its lease.
+    let third = second.retake(store).await.unwrap();
+    assert!(third.term > second.term);
+    assert_eq!(store.lease_keep_alive(second.lease).await.unwrap_err(), Error::LeaseNotFound { id: second.lease });
+    assert!(matches!(write(&second).await.unwrap(), TxnOutcome::Conflict { index: 0, .. }));
+
+    // Another one leads, has led, or has led under the same name.
+    let is_lost = |result: crate::Result<_>| matches!(result, Err(Error::LeadershipLost { .. }));
+    store.lease_revoke(third.lease).await.unwrap();
+    let other = campaign(store, "two", LONG).await.unwrap();
+    assert!(is_lost(third.retake(store).await));
+    assert!(write(&other).await.unwrap().is_committed(), "the other one is left alone");
+    other.clone().resign(store).await.unwrap();
+    assert!(is_lost(third.retake(store).await));
+    let fourth = other.retake(store).await.unwrap();
+    fourth.resign(store).await.unwrap();
+    let life = campaign(store, "one", LONG).await.unwrap();
+    let next_life = campaign(store, "one", LONG).await.unwrap();
+    assert!(is_lost(life.retake(store).await));
+    next_life.clone().resign(store).await.unwrap();
+    assert!(is_lost(life.retake(store).await));
+    // No leases are left behind by all that.
+    assert_eq!(store.get(LEADER_KEY).await.unwrap(), None);
+    assert_eq!(store.get(LAST_LEADER_KEY).await.unwrap().unwrap().mod_revision, next_life.term);
 }
 
 /// `hold` keeps the lease for as long as it is awaited, and says when it is lost.

@@ -44,6 +44,7 @@ macro_rules! conformance_tests {
                 unknown_leases_are_refused, ttls_are_checked, ids_are_not_reused;
             election: a_term_is_the_create_revision, a_resigned_leader_is_followed,
                 a_restarted_candidate_deposes_its_earlier_life, an_overtaken_leader_cannot_write,
+                a_lost_term_is_followed_by_a_new_one_unless_another_led,
                 hold_ends_when_the_lease_is_gone, candidates_take_turns;
             concurrency: increments_are_never_lost, an_observer_sees_every_revision_in_order,
                 reads_never_go_back, transfers_keep_the_sum,
