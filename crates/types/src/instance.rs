@@ -124,7 +124,7 @@ impl StateReason {
     pub const INSUFFICIENT_CAPACITY: &'static str = "Server.InsufficientInstanceCapacity";
     /// The host failed while launching.
     pub const INTERNAL_ERROR: &'static str = "Server.InternalError";
-    /// The guest crashed (triple fault) or its VMM died.
+    /// The guest crashed (triple fault), its VMM died, or its root volume, which has booted before, does not boot any more.
     pub const CLIENT_INTERNAL_ERROR: &'static str = "Client.InternalError";
     /// The image has nothing to boot or is damaged.
     pub const INVALID_IMAGE: &'static str = "Client.InvalidImage";

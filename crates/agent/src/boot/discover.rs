@@ -52,9 +52,8 @@ struct Candidate<'a> {
 /// # Errors
 /// [`BootError`] when there is nothing, or it cannot be read, or it is larger than allowed.
 pub fn discover(disk: &Arc<dyn ReadAt>, overrides: &Override) -> Result<BootSet, BootError> {
-    let filesystems = open_filesystems(disk)?;
+    let (filesystems, mut notes) = open_filesystems(disk)?;
     let root = root_filesystem(&filesystems);
-    let mut notes = Vec::new();
     let places = boot_folders(&filesystems, root);
     for (filesystem, folder) in &places {
         let context = Context { filesystems: &filesystems, root, boot: filesystem, folder };
@@ -72,7 +71,8 @@ fn folder_name(filesystem: &Filesystem, folder: &str) -> String {
     format!("{folder} of {}", filesystem.partition.place())
 }
 
-fn open_filesystems(disk: &Arc<dyn ReadAt>) -> Result<Vec<Filesystem>, BootError> {
+/// The file systems of a disk, and why others, which are ext4 too, cannot be read.
+fn open_filesystems(disk: &Arc<dyn ReadAt>) -> Result<(Vec<Filesystem>, Vec<String>), BootError> {
     let mut parts = partitions(disk)?;
     parts.truncate(MAX_PARTITIONS);
     if parts.is_empty() {
@@ -85,12 +85,12 @@ fn open_filesystems(disk: &Arc<dyn ReadAt>) -> Result<Vec<Filesystem>, BootError
             name: String::new(),
         };
         return match Filesystem::open(disk, &whole)? {
-            Some(filesystem) => Ok(vec![filesystem]),
+            Some(filesystem) => Ok((vec![filesystem], Vec::new())),
             None => Err(BootError::NotPartitioned),
         };
     }
     let mut found = Vec::new();
-    let mut others = Vec::new();
+    let (mut others, mut unreadable) = (Vec::new(), Vec::new());
     for partition in &parts {
         if found.len() >= MAX_FILESYSTEMS {
             break;
@@ -98,10 +98,14 @@ fn open_filesystems(disk: &Arc<dyn ReadAt>) -> Result<Vec<Filesystem>, BootError
         match Filesystem::open(disk, partition) {
             Ok(Some(filesystem)) => found.push(filesystem),
             Ok(None) => others.push(format!("{}: {}", partition.place(), content_name(disk, partition))),
-            Err(error) => others.push(error.to_string()),
+            Err(error) => unreadable.push(error.to_string()),
         }
     }
-    if found.is_empty() { Err(BootError::NoFilesystem(others.join(", "))) } else { Ok(found) }
+    if found.is_empty() {
+        others.append(&mut unreadable);
+        return Err(BootError::NoFilesystem(others.join(", ")));
+    }
+    Ok((found, unreadable))
 }
 
 /// The file system of `/`: by partition type, else what looks most like one, else the first.

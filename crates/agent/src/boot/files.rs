@@ -58,8 +58,13 @@ impl BootLoader {
     pub fn load(&self, path: &Path, overrides: &Override) -> Result<BootFiles, BootFilesError> {
         let _one_at_a_time = self.busy.lock();
         let opened = File::open(path).and_then(FileDisk::new).map_err(host(format!("opening {}", path.display())))?;
-        let disk: Arc<dyn ReadAt> = Arc::new(opened);
-        let found = discover(&disk, overrides)?;
+        let file = Arc::new(opened);
+        let disk: Arc<dyn ReadAt> = file.clone();
+        let found = discover(&disk, overrides).map_err(|error| match file.take_failure() {
+            // What could not be read may well be there: nothing is said against the disk's content.
+            Some(source) => host(format!("reading {}", path.display()))(source),
+            None => BootFilesError::Image(error),
+        })?;
         let kernel = self.kernel(&found.kernel)?;
         let initrd = found.initrd.as_deref().map(|content| in_memory(c"initrd", content)).transpose();
         let initrd = initrd.map_err(host("keeping the initrd in memory"))?;

@@ -60,3 +60,21 @@ fn the_cache_keeps_the_kernels_used_last() {
     }
     assert_eq!(std::fs::read_dir(folder.path().join("kernels")).unwrap().count(), KEPT_KERNELS);
 }
+
+#[test]
+fn a_disk_that_cannot_be_read_is_the_hosts_fault() {
+    let folder = tempfile::tempdir().unwrap();
+    let loader = BootLoader::new(&folder.path().join("kernels")).unwrap();
+    // Opens, has a size, and every read of it fails.
+    let unreadable = folder.path().join("folder");
+    std::fs::create_dir(&unreadable).unwrap();
+    let error = loader.load(&unreadable, &Override::default()).unwrap_err();
+    assert!(
+        matches!(&error, BootFilesError::Host { source, .. } if source.raw_os_error() == Some(libc::EISDIR)),
+        "{error}"
+    );
+    // One that ends too early is not.
+    let disk = disk(folder.path(), fake_kernel("k"));
+    File::options().write(true).open(&disk).unwrap().set_len(100_000).unwrap();
+    assert!(matches!(loader.load(&disk, &Override::default()), Err(BootFilesError::Image(_))));
+}

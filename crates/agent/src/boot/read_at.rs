@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 /// A disk, or a part of one, that can be read at any byte.
 pub trait ReadAt: Send + Sync {
     /// Size in bytes.
@@ -19,13 +21,19 @@ pub trait ReadAt: Send + Sync {
 pub struct FileDisk {
     file: File,
     size: u64,
+    failure: Mutex<Option<io::Error>>,
 }
 
 impl FileDisk {
     /// A regular file; its size is asked once.
     pub fn new(file: File) -> io::Result<Self> {
         let size = file.metadata()?.len();
-        Ok(Self { file, size })
+        Ok(Self { file, size, failure: Mutex::new(None) })
+    }
+
+    /// The first error of the host's storage since the last call. Content that points past the end of the disk is none.
+    pub fn take_failure(&self) -> Option<io::Error> {
+        self.failure.lock().take()
     }
 }
 
@@ -35,7 +43,14 @@ impl ReadAt for FileDisk {
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        self.file.read_exact_at(buffer, offset).map_err(|error| {
+            if error.kind() == io::ErrorKind::UnexpectedEof {
+                return error;
+            }
+            let told = error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
+            self.failure.lock().get_or_insert(error);
+            told
+        })
     }
 }
 

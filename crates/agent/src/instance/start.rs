@@ -28,6 +28,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 pub enum StartError {
     /// Trying again would not help.
     Permanent(StateReason),
+    /// The root volume holds nothing that boots; trying again would not help.
+    Unbootable(String),
     /// The host failed; it may work the next time.
     Transient(String),
     /// There is no way to the image while there is no control plane: wait for it, however long.
@@ -179,9 +181,7 @@ fn prepare(host: &Arc<Host>, id: &InstanceId, spec: &Spec, image: Option<PathBuf
         disks.push(Disk { serial: disk.serial.clone(), file: host.volumes.open(&path).map_err(volume_failed)? });
     }
     let boot = host.boot.load(&root, &spec.boot).map_err(|error| match error {
-        BootFilesError::Image(error) => {
-            StartError::Permanent(StateReason::new(StateReason::INVALID_IMAGE, error.to_string()))
-        }
+        BootFilesError::Image(error) => StartError::Unbootable(error.to_string()),
         error => StartError::internal(error.to_string()),
     })?;
     let (ring, seen) = open_console_ring(&layout.console_ring(id)).map_err(StartError::Transient)?;

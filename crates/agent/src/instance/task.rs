@@ -320,6 +320,10 @@ impl InstanceTask {
                 self.clean_up().await;
                 return self.hold(Hold::Failed(reason)).await;
             }
+            StartError::Unbootable(why) => {
+                self.clean_up().await;
+                return self.hold(Hold::Failed(self.unbootable(&why))).await;
+            }
             StartError::Waiting(reason) => reason,
             StartError::Transient(message) => {
                 self.start_failures += 1;
@@ -336,6 +340,17 @@ impl InstanceTask {
         let pause = Duration::from_secs(1u64 << self.start_failures.min(5)).min(LONGEST_PAUSE);
         self.pause(pause).await;
         self.waiting_for = None;
+    }
+
+    /// The image is to blame for a first start; afterwards, what the guest did to its root volume.
+    fn unbootable(&self, why: &str) -> StateReason {
+        match self.record.boot_count {
+            0 => StateReason::new(StateReason::INVALID_IMAGE, why),
+            _ => StateReason::new(
+                StateReason::CLIENT_INTERNAL_ERROR,
+                format!("the root volume, which has booted before, does not boot any more: {why}"),
+            ),
+        }
     }
 
     /// Waits, but not longer than until something else is wanted.

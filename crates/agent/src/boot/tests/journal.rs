@@ -190,6 +190,20 @@ fn what_cannot_be_replayed_says_why_and_what_to_do() {
 }
 
 #[test]
+fn a_file_system_that_cannot_be_replayed_is_named_beside_those_that_can() {
+    let mut broken = Dirty::make(PLAIN).image;
+    patch_journal(&mut broken, &[(0x28, 5)]);
+    let data = ext4(&Files::from([("/data", b"d".to_vec())]), 8, FS_UUID);
+    let error = find(gpt(&[(TYPE_LINUX, &broken), (TYPE_LINUX, &data)])).unwrap_err().to_string();
+    let start = "no kernel in /boot of partition 2 (the ext4 file system of partition 1 was not unmounted";
+    assert!(error.starts_with(start) || error.starts_with(&start.replace("/boot", "/")), "{error}");
+    // And one that can is found, wherever it begins.
+    let dirty = Dirty::make(OLD);
+    let set = find(gpt(&[(TYPE_LINUX, &data), (TYPE_LINUX, &dirty.image)])).unwrap();
+    assert_eq!(set.kernel, dirty.new_kernel);
+}
+
+#[test]
 fn a_wrong_checksum_of_the_super_block_is_not_mended() {
     let dirty = Dirty::make(GUARDED);
     let mut image = dirty.image.clone();

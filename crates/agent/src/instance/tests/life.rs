@@ -179,6 +179,29 @@ async fn what_cannot_start_is_reported_with_its_reason() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_root_volume_that_a_guest_has_spoiled_is_not_the_images_fault() {
+    let (world, mut wanted) = (World::new(), Wanted::default());
+    let agent = Agent::start(&world);
+    let id = id(1);
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    agent.until(&id, State::Running, 1).await;
+    agent.supervisor.apply(wanted.want(&id, RunState::Stopped));
+    agent.until(&id, State::Stopped, 2).await;
+    let root = world.layout().root_disk(&id);
+    let good = std::fs::read(&root).unwrap();
+    let disk = std::fs::OpenOptions::new().write(true).open(&root).unwrap();
+    disk.write_all_at(&vec![0; good.len()], 0).unwrap();
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    let reason = agent.until(&id, State::Failed, 3).await.reason.unwrap();
+    assert_eq!(reason.code, StateReason::CLIENT_INTERNAL_ERROR);
+    assert!(reason.message.contains("does not boot any more: the root disk has neither"), "{reason:?}");
+    // Mended, it starts again.
+    disk.write_all_at(&good, 0).unwrap();
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    assert_eq!(agent.until(&id, State::Running, 4).await.boot_count, 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_image_that_cannot_be_fetched_yet_is_waited_for() {
     let (world, mut wanted) = (World::new(), Wanted::default());
     let agent = Agent::start(&world);
