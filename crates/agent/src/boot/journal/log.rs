@@ -342,3 +342,7 @@ impl Rules<'_> {
         Some(Tag { target: u64::from(high) << 32 | u64::from(low), flags, checksum })
     }
 }
+
+#[cfg(test)]
+#[path = "log_test.rs"]
+mod tests;

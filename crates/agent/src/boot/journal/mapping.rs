@@ -42,6 +42,12 @@ pub struct JournalFile {
 }
 
 impl JournalFile {
+    /// A file of so many blocks whose first one is block `physical` of the disk.
+    #[cfg(test)]
+    pub fn contiguous(physical: u64, blocks: u64) -> Self {
+        Self { blocks, runs: vec![Run { logical: 0, physical, length: blocks }] }
+    }
+
     /// Where a block of the file lies; `None` for a hole.
     pub fn physical(&self, logical: u64) -> Option<u64> {
         let after = self.runs.partition_point(|run| run.logical <= logical);

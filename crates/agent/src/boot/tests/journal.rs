@@ -93,6 +93,22 @@ fn a_transaction_without_its_end_is_left_out_with_all_behind_it() {
 }
 
 #[test]
+fn transactions_are_numbered_on_from_zero() {
+    let dirty = Dirty::make(PLAIN);
+    let mut image = dirty.image.clone();
+    let from = u32::MAX - 1;
+    for place in journal_places(&dirty.image).into_iter().skip(1) {
+        let header = &mut image[place * dirty.block_size..][..12];
+        if header[..4] == MAGIC {
+            let sequence = u32::from_be_bytes(header[8..].try_into().unwrap());
+            header[8..].copy_from_slice(&(sequence - 1).wrapping_add(from).to_be_bytes());
+        }
+    }
+    patch_journal(&mut image, &[(0x18, from)]);
+    check(&dirty, &image, &replay(&image));
+}
+
+#[test]
 fn damage_ends_a_guarded_log_where_it_is() {
     let dirty = Dirty::make(GUARDED);
     let commits = commits(&dirty.image);
