@@ -35,7 +35,8 @@ use super::read_at::{ReadAt, Window};
 
 /// The file system in `disk` as it is after the replay of its journal; `disk` itself where nothing is to be replayed.
 ///
-/// Reads at most the journal once (and not more than [`log::MAX_LOG_BYTES`]) and keeps at most some ten MiB.
+/// Reads the log once, at most [`log::MAX_LOG_BYTES`] of it, and keeps some 30 bytes of memory for each block that it holds; however
+/// hostile the log, less than 100 MiB.
 ///
 /// # Errors
 /// [`JournalError`] when there is something to replay and it cannot be.
