@@ -62,7 +62,7 @@ impl Fake {
         let address = listener.local_addr().unwrap();
         let server = tonic::transport::Server::builder()
             .add_service(InstanceServiceServer::new(self.clone()))
-            .add_service(ImageServiceServer::new(self));
+            .add_service(ImageServiceServer::new(self).accept_compressed(tonic::codec::CompressionEncoding::Zstd));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         address
     }
