@@ -11,6 +11,17 @@ use serde_json::Value;
 use crate::console::{Console, PATIENCE};
 use crate::{program, scratch, tiny_image};
 
+/// An operator's own instance type: h1d.tiny with half the CPU of the testbed's threads, more or less.
+const OWN_TYPE: &str = r#"
+[[instance_type]]
+name = "own.capped"
+vcpus = 1
+memory_mib = 128
+ecu_milli = 1200
+instance_store_gib = [1, 1]
+max_network_interfaces = 2
+"#;
+
 /// What runs in which process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
@@ -173,7 +184,10 @@ impl Cloud {
                 command.arg("control").args(["--listen", "0.0.0.0:7443", "--server-name", "10.99.0.254"])
             }
         };
+        let types = self.path("types.toml");
+        std::fs::write(&types, OWN_TYPE).unwrap();
         command.arg("--state-dir").arg(state).args(["--host-timeout", "10s", "--log", "info"]);
+        command.arg("--instance-types").arg(types);
         self.control = Some(self.daemon("control", command));
         let admin = self.path("state/admin.json");
         assert!(

@@ -10,7 +10,7 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     let cloud = Cloud::start(Shape::One);
     cloud.import_tiny();
     assert!(cloud.hearth(&["key-pair", "create", "me"]).contains("OPENSSH PRIVATE KEY"));
-    cloud.hearth(&["instance", "run", "tiny", "--type", "h1d.tiny", "--name", "a", "--key-name", "me", "--wait=ok"]);
+    cloud.hearth(&["instance", "run", "tiny", "--type", "own.capped", "--name", "a", "--key-name", "me", "--wait=ok"]);
     let pids = cloud.vmm_pids();
     assert_eq!(pids.len(), 1);
     let jail: Vec<_> = std::fs::read_dir(format!("/proc/{}/root", pids[0])).unwrap().collect();
@@ -22,7 +22,9 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     };
     // 128 MiB of guest memory, 1/64 of that for page tables, 128 MiB for the VMM.
     assert_eq!(limit("memory.max").trim(), (258u64 << 20).to_string());
-    assert!(!limit("cpu.max").starts_with("max"), "{}", limit("cpu.max"));
+    let quota: u64 =
+        limit("cpu.max").trim().strip_suffix(" 100000").unwrap().parse().expect("a quota, from the type's ECU");
+    assert!((1000..200_000).contains(&quota), "{quota}");
     let about = cloud.instance("a");
     assert_eq!(
         (&about["state"], &about["system_status"], &about["instance_status"]),
