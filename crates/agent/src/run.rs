@@ -22,20 +22,17 @@ use crate::images::Images;
 use crate::instance::Host;
 use crate::launch::{Cgroups, KvmLauncher, VmmLauncher};
 use crate::link::{
-    Announcement, ControlImages, Identity, Link, LinkError, Session, connect, enroll, mutual, renew, renewal_due,
+    Announcement, ControlImages, Identity, Link, LinkError, Pause, Session, connect, enroll, mutual, renew, renewal_due,
 };
 use crate::reports::Reports;
 use crate::state::Layout;
 use crate::supervisor::Supervisor;
 use crate::volumes::RawVolumes;
 
-/// Pauses between two tries to reach the control plane.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// How long an image is kept that no instance uses.
 const KEEP_IMAGES: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A session this long clears the past.
-const GOOD_SESSION: Duration = Duration::from_secs(30);
+const GOOD_SESSION: Duration = Duration::from_secs(5);
 /// Longest sleep before the certificate is looked at again.
 const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
@@ -91,6 +88,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     sweep(&cgroups, launcher.as_ref(), &supervisor, &layout).await?;
     host.images.prune(&supervisor.images(), KEEP_IMAGES).map_err(AgentError::file("tidying", &layout.images()))?;
 
+    tracing::info!(instances = supervisor.instances().len(), "looks for the control plane");
     let hello = announcement(&config, &identity, capacity, epoch.agent_epoch());
     let session = Session { supervisor, host, epoch, announcement: Announcement(hello), link };
     keep_connected(&config, &layout, identity, &session, &shutdown).await;
@@ -143,21 +141,6 @@ async fn join(
             }
             Err(error) => return Err(error.into()),
         }
-    }
-}
-
-/// Growing pauses with jitter, so that a thousand agents do not come back in one moment.
-#[derive(Default)]
-struct Pause(u32);
-
-impl Pause {
-    fn next(&mut self) -> Duration {
-        let most = FIRST_PAUSE.saturating_mul(1 << self.0.min(8)).min(LONGEST_PAUSE);
-        self.0 = self.0.saturating_add(1);
-        let mut random = [0u8; 2];
-        // Without random numbers: no jitter.
-        let _ = getrandom::fill(&mut random);
-        most.mul_f64(0.5 + f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
     }
 }
 

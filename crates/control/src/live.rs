@@ -19,6 +19,8 @@ pub(crate) const COMMAND_QUEUE: usize = 256;
 #[derive(Clone)]
 pub(crate) struct SessionHandle {
     pub number: u64,
+    /// Epoch of the agent that opened it.
+    pub epoch: u64,
     pub commands: mpsc::Sender<v1::control_message::Message>,
     /// Ends the session.
     pub end: CancellationToken,
@@ -61,24 +63,30 @@ impl Live {
         self.hosts.lock().entry(host.to_owned()).or_default().gone_before = true;
     }
 
-    /// Registers a new session of a host and ends the one before.
+    /// Registers a new session of a host and ends the one before, whether that one's connection is known to be dead or not.
+    /// `Err` tells the epoch of a later life of the agent that has a session: what comes late from an earlier one must not
+    /// take its place.
     pub fn open(
         &self,
         host: &str,
+        epoch: u64,
         commands: mpsc::Sender<v1::control_message::Message>,
         end: CancellationToken,
-    ) -> (SessionHandle, Arc<Notify>) {
-        let number = self.next_session.fetch_add(1, Ordering::Relaxed);
-        let handle = SessionHandle { number, commands, end };
+    ) -> Result<(SessionHandle, Arc<Notify>), u64> {
         let mut hosts = self.hosts.lock();
         let live = hosts.entry(host.to_owned()).or_default();
+        if let Some(later) = live.session.as_ref().filter(|session| session.epoch > epoch) {
+            return Err(later.epoch);
+        }
+        let number = self.next_session.fetch_add(1, Ordering::Relaxed);
+        let handle = SessionHandle { number, epoch, commands, end };
         if let Some(older) = live.session.replace(handle.clone()) {
             older.end.cancel();
         }
         live.lost = None;
         live.gone_before = false;
         live.last_seen_ms = clock::now_ms();
-        (handle, live.kick.clone())
+        Ok((handle, live.kick.clone()))
     }
 
     /// Unregisters a session; `false` when a newer one has taken its place.

@@ -36,7 +36,8 @@ const MAX_HEADER_BYTES: u32 = 16 * 1024;
 const MAX_STREAMS: u32 = 1000;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Not shorter than agents' own: a busy machine must not make both begin anew again and again.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long running calls may go on after a shutdown was asked for.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -18,8 +18,11 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::{Identity, LinkError};
 
-/// How long connecting may take.
-const CONNECT: Duration = Duration::from_secs(10);
+/// How long the control plane's machine may take to accept a connection; its kernel does that, however busy the rest is.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long TLS and HTTP/2 may take after that. A machine on which many guests boot can be slow: giving up early would begin the
+/// same work anew, and never end.
+const HANDSHAKE: Duration = Duration::from_secs(30);
 /// How often a quiet connection is probed, and how long the answer may take.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(15));
 /// Largest message taken: everything that a host with thousands of instances should have.
@@ -131,7 +134,10 @@ async fn connect_one(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, 
     let connector = tower::service_fn(move |_: http::Uri| {
         let (address, tls) = (address.clone(), tls.clone());
         async move {
-            let stream = TcpStream::connect(&address).await?;
+            let accepted = tokio::time::timeout(CONNECT, TcpStream::connect(&address)).await;
+            let stream = accepted.map_err(|_| {
+                std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no connection within {CONNECT:?}"))
+            })??;
             stream.set_nodelay(true)?;
             let name = ServerName::try_from(CONTROL_SERVER_NAME).map_err(std::io::Error::other)?;
             Ok::<_, std::io::Error>(TokioIo::new(TlsConnector::from(tls).connect(name, stream).await?))
@@ -140,17 +146,16 @@ async fn connect_one(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, 
     // The connector does TLS itself, with a check that tonic's own does not have: to tonic this is plain HTTP/2.
     let endpoint = Endpoint::from_shared(format!("http://{CONTROL_SERVER_NAME}")).map_err(|error| error.to_string())?;
     let endpoint = endpoint
-        .connect_timeout(CONNECT)
         .http2_keep_alive_interval(KEEP_ALIVE.0)
         .keep_alive_timeout(KEEP_ALIVE.1)
         .keep_alive_while_idle(true)
         .user_agent(concat!("hearth-agent/", env!("CARGO_PKG_VERSION")))
         .map_err(|error| error.to_string())?;
-    let connecting = tokio::time::timeout(CONNECT, endpoint.connect_with_connector(connector));
+    let connecting = tokio::time::timeout(CONNECT + HANDSHAKE, endpoint.connect_with_connector(connector));
     match connecting.await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(with_causes(&error)),
-        Err(_) => Err(format!("no answer within {CONNECT:?}")),
+        Err(_) => Err(format!("connected, but no TLS session within {HANDSHAKE:?}")),
     }
 }
 

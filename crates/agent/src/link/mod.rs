@@ -4,6 +4,7 @@ mod connect;
 mod console;
 mod enroll;
 mod identity;
+mod pause;
 mod session;
 mod source;
 
@@ -13,6 +14,7 @@ use thiserror::Error;
 pub use connect::{Client, connect, mutual};
 pub use enroll::{enroll, renew, renewal_due};
 pub use identity::Identity;
+pub use pause::Pause;
 pub use session::{Announcement, Session};
 pub use source::ControlImages;
 

@@ -22,13 +22,13 @@ use super::reports;
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
-use crate::core::{Commit, Core, encode};
+use crate::core::{Core, encode};
 use crate::keys;
 use crate::life::{self, Origin};
 use crate::live::{COMMAND_QUEUE, SessionHandle};
 use crate::tables::{SCHEMA_VERSION, Tables};
 
-const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long desired state waits for the first full report.
 const FULL_REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Reports of a full report that are written at the same time.
@@ -55,9 +55,13 @@ pub(crate) async fn open(
     check_hello(&core, &host, &hello)?;
     let (commands_in, commands) = mpsc::channel(COMMAND_QUEUE);
     let end = CancellationToken::new();
-    let (handle, kick) = core.live.open(&host, commands_in, end.clone());
+    let epoch = hello.agent_epoch;
+    let (handle, kick) = core.live.open(&host, epoch, commands_in, end.clone()).map_err(|later| {
+        let message = format!("epoch {epoch} of the agent is over, epoch {later} has a session");
+        ApiError::new(Code::FailedPrecondition, "OutdatedAgent", message).with("agent_epoch", later)
+    })?;
     let registered = Registered { core: core.clone(), host: host.clone(), number: handle.number };
-    write_hello(&core, &host, &hello).await?;
+    write_hello(&core, &host, &hello, &end).await?;
     core.host_changed(&host);
     tracing::info!(host, session = handle.number, epoch = hello.agent_epoch, boot_id = hello.boot_id, "session begins");
     let (out, stream) = mpsc::channel(OUT_QUEUE);
@@ -106,7 +110,8 @@ fn check_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResult<()>
     check::tags(&hello.labels).map_err(|error| ApiError::invalid("labels", error.to_string()))
 }
 
-async fn write_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResult<()> {
+/// Notes what the host says of itself, unless its next session has begun meanwhile: that one has the last word.
+async fn write_hello(core: &Core, host: &str, hello: &v1::AgentHello, end: &CancellationToken) -> ApiResult<()> {
     let status = rec::HostStatus {
         schema_version: SCHEMA_VERSION,
         connected: true,
@@ -139,11 +144,21 @@ async fn write_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResu
             );
         }
     }
-    let txn = Txn::new().compare_exists(keys::host_spec(host)).put(keys::host_status(host), encode(&status));
-    match core.commit(txn).await? {
-        Commit::Done => Ok(()),
-        Commit::Conflict(_) => Err(ApiError::unauthorized(format!("host {host} has been removed; join it again"))),
-    }
+    let key = keys::host_status(host);
+    core.update(|tables| {
+        if end.is_cancelled() {
+            return Err(ApiError::unavailable("a newer session of the host has taken its place"));
+        }
+        let Some((_, known)) = tables.host(host) else {
+            return Err(ApiError::unauthorized(format!("host {host} has been removed; join it again")));
+        };
+        let txn = Txn::new()
+            .compare_exists(keys::host_spec(host))
+            .compare_mod_revision(&key, known.map_or(0, |known| known.revision))
+            .put(&key, encode(&status));
+        Ok((Some(txn), ()))
+    })
+    .await
 }
 
 /// Unregisters the session when it is dropped, however it ended.

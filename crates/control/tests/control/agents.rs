@@ -247,3 +247,42 @@ async fn after_a_restart_connected_hosts_get_time_and_dead_ones_do_not() {
     assert!(error.message().contains("down"), "{}", error.message());
     assert_eq!(user.get(&first.instance_id).await.state(), S::Pending, "what was acknowledged stays");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_agent_supersedes_its_earlier_life_and_not_the_other_way_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = config(dir.path());
+    // A wait for the old session to fall silent would outlast every test.
+    settings.session_timeout = std::time::Duration::from_secs(3600);
+    let cloud = Cloud::start_with(settings).await;
+    let (agent, old) = FakeAgent::connected(&cloud, "host-a").await;
+    let mut user = cloud.user().await;
+    let image = user.import("debian").await;
+    // The old connection stays open, as one does whose host has lost its power.
+    let new = agent.connect(&cloud).await.unwrap();
+    assert_eq!(old.ended().await.code(), Code::Unavailable);
+    let id = user.run(request(&image, "t3.nano")).await.unwrap().instances[0].instance_id.clone();
+    user.wait_state(&id, S::Running).await;
+
+    // A hello of the life before, late.
+    agent.memory.lock().epoch = 0;
+    let error = agent.connect(&cloud).await.err().unwrap();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::FailedPrecondition, "OutdatedAgent"));
+    assert!(user.host("host-a").await.connected);
+    user.stop(&id).await.unwrap();
+    user.wait_state(&id, S::Stopped).await;
+
+    // Where the later life is gone, an agent with an older copy of its state is let in, as before.
+    drop(new);
+    user.wait_host("host-a", |host| !host.connected).await;
+    agent.memory.lock().epoch = 0;
+    let _back = agent.connect(&cloud).await.unwrap();
+    user.wait_host("host-a", |host| host.connected).await;
+
+    // Of many sessions that begin at once, one is left, and it works.
+    let connects = (0..16).map(|_| async { agent.connect(&cloud).await });
+    let sessions: Vec<_> = futures::future::join_all(connects).await.into_iter().flatten().collect();
+    assert!(!sessions.is_empty());
+    user.start(&id).await.unwrap();
+    user.wait_state(&id, S::Running).await;
+}
