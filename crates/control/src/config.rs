@@ -86,6 +86,11 @@ impl ControlConfig {
         self.admin_credentials.clone().unwrap_or_else(|| self.state_dir.join("admin.json"))
     }
 
+    /// The store's file.
+    pub fn store_path(&self) -> PathBuf {
+        self.state_dir.join("hearth.db")
+    }
+
     /// Where the raw disks of images are.
     pub fn image_dir(&self) -> PathBuf {
         self.state_dir.join("images")

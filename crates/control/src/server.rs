@@ -65,7 +65,7 @@ impl Control {
     /// Every [`ControlError`]: what it finds is used whole or not at all.
     pub async fn start(config: ControlConfig) -> Result<Self, ControlError> {
         files::make_dir(&config.state_dir)?;
-        let store = SqliteStore::open(config.state_dir.join("hearth.db"))?;
+        let store = SqliteStore::open(config.store_path())?;
         Self::start_with_store(config, Arc::new(store)).await
     }
 

@@ -43,6 +43,20 @@ pub enum DaemonError {
     /// The control plane failed.
     #[error("control plane: {0}")]
     Control(#[from] ControlError),
+    /// The store cannot be copied or restored.
+    #[error("store: {0}")]
+    Store(#[from] hearth_store::Error),
+    /// A restore would replace a store.
+    #[error("there is a store already: {}", .0.display())]
+    StoreExists(PathBuf),
+    /// A folder cannot be made.
+    #[error("cannot make {}: {source}", path.display())]
+    Folder {
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The agent failed.
     #[error("agent: {0}")]
     Agent(#[from] AgentError),
@@ -79,6 +93,12 @@ impl DaemonError {
                 io::ErrorKind::PermissionDenied => Some("ports below 1024 need root".to_owned()),
                 _ => None,
             },
+            Self::StoreExists(_) => {
+                Some("--force puts the backup in its place and keeps the present store under another name".to_owned())
+            }
+            Self::Store(hearth_store::Error::InUse { .. }) => {
+                Some("stop the control plane first: systemctl stop hearthd".to_owned())
+            }
             Self::Control(error) if mentions_lock(&error.to_string()) => Some(in_use()),
             Self::Agent(error) if mentions_lock(&error.to_string()) => Some(in_use()),
             Self::Control(ControlError::Io { source, .. }) | Self::Agent(AgentError::File { source, .. }) => {

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use hearth_daemon::settings::{Arguments, DEFAULT_CONFIG_FILE, Role, Settings};
-use hearth_daemon::{DaemonError, logging, run};
+use hearth_daemon::settings::{Arguments, DEFAULT_CONFIG_FILE, Role, Settings, Task};
+use hearth_daemon::{DaemonError, backup, logging, run};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -23,8 +23,17 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: Arguments) -> Result<(), DaemonError> {
-    let (role, flags) = arguments.split();
-    let settings = Settings::resolve(flags, Path::new(DEFAULT_CONFIG_FILE))?;
+    let default_file = Path::new(DEFAULT_CONFIG_FILE);
+    let (role, flags) = match arguments.task() {
+        Task::Serve(role, flags) => (role, *flags),
+        Task::Backup(args) => {
+            return backup::backup(&Settings::resolve(args.place.settings(), default_file)?, &args.file);
+        }
+        Task::Restore(args) => {
+            return backup::restore(&Settings::resolve(args.place.settings(), default_file)?, &args);
+        }
+    };
+    let settings = Settings::resolve(flags, default_file)?;
     logging::start(&settings)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -23,7 +23,7 @@ pub const DEFAULT_CONFIG_FILE: &str = "/etc/hearth/hearthd.toml";
     arg_required_else_help = true,
     after_help = "Settings may also stand in /etc/hearth/hearthd.toml under the same names (listen = \"0.0.0.0:7443\"); \
                   flags win.\n\nExamples:\n  hearthd up\n  hearthd up --listen 0.0.0.0:7443 --server-name cloud.example.org\n  \
-                  hearthd control --state-dir /srv/hearth\n  hearthd agent --control https://10.0.0.1:7443 --join \"$TOKEN\""
+                  hearthd control --state-dir /srv/hearth\n  hearthd agent --control https://10.0.0.1:7443 --join \"$TOKEN\"\n  hearthd backup /backup/hearth.db"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -52,6 +52,60 @@ enum Command {
         #[command(flatten)]
         settings: Box<Settings>,
     },
+    /// Copy the control plane's store to a file, also while it runs
+    ///
+    /// The copy is consistent: everything that was acknowledged before, nothing that came half. Keep it with control/pki and
+    /// control/images, see docs/operations.md.
+    #[command(after_help = "Example:\n  hearthd backup /backup/hearth-$(date +%F).db")]
+    Backup(BackupArgs),
+    /// Put a backup in the place of the control plane's store, which must not run
+    ///
+    /// The restored store's counters jump ahead, so that agents obey it although they have seen later ones.
+    #[command(
+        after_help = "Example:\n  systemctl stop hearthd && hearthd restore --force /backup/hearth-2026-11-23.db"
+    )]
+    Restore(RestoreArgs),
+}
+
+/// Where the store is.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct Place {
+    /// Folder of everything that outlives a restart [default: /var/lib/hearth]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Configuration file that names it [default: /etc/hearth/hearthd.toml if it exists]
+    #[arg(long, value_name = "FILE", env = "HEARTHD_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+impl Place {
+    /// The settings that tell it.
+    pub fn settings(&self) -> Settings {
+        Settings { state_dir: self.state_dir.clone(), config: self.config.clone(), ..Settings::default() }
+    }
+}
+
+/// Flags of `backup`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct BackupArgs {
+    /// File to make; it must not exist
+    pub file: PathBuf,
+    /// Where the store is.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Flags of `restore`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct RestoreArgs {
+    /// The backup
+    pub file: PathBuf,
+    /// Replace a store that is there; its files are kept under another name
+    #[arg(long)]
+    pub force: bool,
+    /// Where the store is.
+    #[command(flatten)]
+    pub place: Place,
 }
 
 /// What this process is.
@@ -65,13 +119,26 @@ pub enum Role {
     Agent,
 }
 
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Serve in a role, with these flags.
+    Serve(Role, Box<Settings>),
+    /// Copy the store.
+    Backup(BackupArgs),
+    /// Restore the store.
+    Restore(RestoreArgs),
+}
+
 impl Arguments {
-    /// Which role, with which flags.
-    pub fn split(self) -> (Role, Settings) {
+    /// What the command line asks for.
+    pub fn task(self) -> Task {
         match self.command {
-            Command::Up { settings } => (Role::Up, *settings),
-            Command::Control { settings } => (Role::Control, *settings),
-            Command::Agent { settings } => (Role::Agent, *settings),
+            Command::Up { settings } => Task::Serve(Role::Up, settings),
+            Command::Control { settings } => Task::Serve(Role::Control, settings),
+            Command::Agent { settings } => Task::Serve(Role::Agent, settings),
+            Command::Backup(args) => Task::Backup(args),
+            Command::Restore(args) => Task::Restore(args),
         }
     }
 }

@@ -1,7 +1,10 @@
 use super::*;
 
 fn flags(line: &str) -> (Role, Settings) {
-    Arguments::try_parse_from(line.split_whitespace()).unwrap().split()
+    let Task::Serve(role, settings) = Arguments::try_parse_from(line.split_whitespace()).unwrap().task() else {
+        panic!("{line} does not serve")
+    };
+    (role, *settings)
 }
 
 #[test]
@@ -57,7 +60,7 @@ fn an_instance_network_is_one_that_the_network_takes() {
     for role in ["up", "agent"] {
         let parse = |cidr: &str| Arguments::try_parse_from(["hearthd", role, "--instance-cidr", cidr]);
         for fine in ["10.0.0.0/8", "172.30.0.0/20", "192.168.7.0/28"] {
-            let (_, settings) = parse(fine).unwrap().split();
+            let (_, settings) = flags(&format!("hearthd {role} --instance-cidr {fine}"));
             assert_eq!(settings.instance_cidr.unwrap().0.to_string(), fine);
         }
         for (bad, told) in [

@@ -23,10 +23,7 @@ pub(super) fn build<T>(target: &Path, build: impl FnOnce(&Path) -> Result<T>) ->
 }
 
 fn build_partial<T>(partial: &Path, target: &Path, build: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    match std::fs::remove_file(partial) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("cannot remove", partial, &e)),
-        _ => {}
-    }
+    remove(partial)?;
     // The mode is set before there is content. SQLite gives its side files the same.
     OpenOptions::new()
         .write(true)
@@ -80,8 +77,24 @@ pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Removes a file that may be missing.
+pub(super) fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove", path, &e)),
+        _ => Ok(()),
+    }
+}
+
+/// Renames a file that may be missing.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::rename(from, to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot rename", from, &e)),
+        _ => Ok(()),
+    }
+}
+
 /// Makes a renamed file's directory entry durable.
-fn sync_directory(path: &Path) -> Result<()> {
+pub(super) fn sync_directory(path: &Path) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),

@@ -33,7 +33,7 @@ use parking_lot::Mutex;
 use rusqlite::Connection;
 use tokio::sync::{Semaphore, oneshot};
 
-pub use backup::restore;
+pub use backup::{backup, restore, restore_over};
 
 use self::checkpoint::Checkpointer;
 use self::hub::Hub;
@@ -318,7 +318,7 @@ impl Store for SqliteStore {
 
     async fn backup(&self, path: &Path) -> Result<Revision> {
         let (source, target) = (self.shared.path.clone(), path.to_owned());
-        tokio::task::spawn_blocking(move || backup::write(&source, &target)).await.map_err(|_| Error::Closed)?
+        tokio::task::spawn_blocking(move || backup::backup(&source, &target)).await.map_err(|_| Error::Closed)?
     }
 }
 
