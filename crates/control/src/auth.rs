@@ -22,6 +22,8 @@ const MAX_AUTHORIZATION_BYTES: usize = 200;
 pub(crate) struct Caller {
     pub account_id: String,
     pub is_operator: bool,
+    /// Id of the token it came with.
+    pub token_id: String,
 }
 
 /// The agent that calls; put into each request of the agent service that came with a certificate.
@@ -39,12 +41,20 @@ pub(crate) fn new_api_token() -> Result<(String, String), getrandom::Error> {
     Ok((token, hash))
 }
 
+/// What a token with this hash is called. Telling so much of the hash of 256 random bits helps nobody to find them.
+pub(crate) fn token_id(hash: &str) -> String {
+    format!("tok-{}", hash.get(..17).unwrap_or(hash))
+}
+
 /// Finds the account of a token.
 pub(crate) fn account_of_token(core: &Core, token: &str) -> Option<Arc<rec::Account>> {
-    let hash = keys::sha256_hex(token.as_bytes());
+    account_of_hash(core, &keys::sha256_hex(token.as_bytes()))
+}
+
+fn account_of_hash(core: &Core, hash: &str) -> Option<Arc<rec::Account>> {
     let tables = core.tables();
     // The map is searched by hash, whose bytes a caller cannot choose; the comparison of the whole is constant-time.
-    let (kept, record) = tables.api_tokens.get_key_value(&hash)?;
+    let (kept, record) = tables.api_tokens.get_key_value(hash)?;
     if !bool::from(kept.as_bytes().ct_eq(hash.as_bytes())) {
         return None;
     }
@@ -62,8 +72,9 @@ pub(crate) fn authenticate(core: &Core, authorization: Option<&[u8]>) -> ApiResu
         .ok_or_else(|| {
             ApiError::auth_failure(format!("authorization must be 'Bearer {API_TOKEN_PREFIX}…', an account's token"))
         })?;
-    let account = account_of_token(core, token).ok_or_else(|| ApiError::auth_failure("the token is not valid"))?;
-    Ok(Caller { account_id: account.account_id.clone(), is_operator: account.is_operator })
+    let hash = keys::sha256_hex(token.as_bytes());
+    let account = account_of_hash(core, &hash).ok_or_else(|| ApiError::auth_failure("the token is not valid"))?;
+    Ok(Caller { account_id: account.account_id.clone(), is_operator: account.is_operator, token_id: token_id(&hash) })
 }
 
 /// The account that made a request.

@@ -76,6 +76,7 @@ pub(crate) async fn ensure_admin_credentials(core: &Core, endpoint: String) -> R
                 schema_version: SCHEMA_VERSION,
                 account_id: FIRST_ACCOUNT.to_owned(),
                 created_ms: clock::now_ms(),
+                description: "made by the control plane for its first operator".to_owned(),
             };
             let txn = Txn::new().put(keys::api_token(&hash), encode(&record));
             core.commit(txn).await.map_err(|_| ControlError::Stopped("the making of the operator's token"))?;

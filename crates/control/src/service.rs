@@ -22,6 +22,7 @@ pub(crate) mod reports;
 pub(crate) mod run;
 pub(crate) mod session;
 pub(crate) mod tag;
+pub(crate) mod token;
 pub(crate) mod watch;
 
 /// Implements every service.

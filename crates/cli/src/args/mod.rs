@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use instance::InstanceCommand;
 pub use others::{
     AccountCommand, CompletionArgs, DoctorArgs, HostCommand, ImageCommand, InstanceTypeCommand, KeyPairCommand,
-    TagCommand,
+    TagCommand, TokenCommand,
 };
 
 const EXAMPLES: &str = "\
@@ -156,6 +156,9 @@ pub enum Command {
     /// Accounts and who you are
     #[command(subcommand, visible_alias = "accounts")]
     Account(AccountCommand),
+    /// Bearer tokens of an account
+    #[command(subcommand, visible_alias = "tokens")]
+    Token(TokenCommand),
     /// Check whether this machine can run instances, and tell what is missing
     Doctor(DoctorArgs),
     /// Print a completion script for your shell

@@ -332,6 +332,41 @@ Examples:
     List,
 }
 
+/// Verbs of tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make another token; it is shown once
+    #[command(after_help = "\
+Examples:
+  hearth token create --description laptop
+  hearth token create --save laptop.json        then: hearth --credentials laptop.json …")]
+    Create {
+        /// What it is for
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        description: String,
+        /// Of this account instead of your own (for operators)
+        #[arg(long, value_name = "ACCOUNT")]
+        account: Option<String>,
+        /// Write a credentials file (readable by you only)
+        #[arg(long, value_name = "FILE")]
+        save: Option<PathBuf>,
+    },
+    /// Show tokens, without their secrets
+    #[command(visible_alias = "ls", after_help = "Example:\n  hearth token list")]
+    List {
+        /// Of this account instead of your own (for operators)
+        #[arg(long, value_name = "ACCOUNT")]
+        account: Option<String>,
+    },
+    /// Refuse tokens from now on
+    #[command(visible_alias = "rm", after_help = "Example:\n  hearth token revoke tok-0123456789abcdef0")]
+    Revoke {
+        /// Ids, see `list`
+        #[arg(value_name = "TOKEN-ID", required = true)]
+        tokens: Vec<String>,
+    },
+}
+
 /// Flags of `doctor`.
 #[derive(Debug, Args)]
 #[command(after_help = "\

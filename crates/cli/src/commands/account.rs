@@ -1,10 +1,9 @@
 //! `hearth account …`
 
 use hearth_proto::v1::{Account, CreateAccountRequest, GetCallerIdentityRequest, ListAccountsRequest, PageRequest};
-use hearth_types::Credentials;
 use serde_json::json;
 
-use super::{Context, save_secret};
+use super::{Context, save_credentials};
 use crate::args::{AccountCommand, OutputForm};
 use crate::client::all_pages;
 use crate::error::CliError;
@@ -25,19 +24,7 @@ pub async fn run(context: &Context, command: AccountCommand) -> Result<(), CliEr
             let made = client.unwrap(client.accounts().create_account(request).await)?;
             let account = made.account.unwrap_or_default();
             if let Some(path) = save {
-                let credentials = Credentials {
-                    endpoint: context.connection.endpoint.clone(),
-                    ca_certificate: context.connection.ca_certificate.clone().unwrap_or_default(),
-                    token: made.token.clone(),
-                    account_id: account.account_id.clone(),
-                };
-                let text = serde_json::to_string_pretty(&credentials)
-                    .map_err(|error| CliError::Io { action: "write credentials".to_owned(), source: error.into() })?;
-                if let Err(error) = save_secret(&path, (text + "\n").as_bytes()) {
-                    output::print(&format!("{}\n", made.token))?;
-                    return Err(error);
-                }
-                eprintln!("credentials: {} (use them with --credentials or HEARTH_CREDENTIALS)", path.display());
+                save_credentials(context, &path, &made.token, &account.account_id)?;
                 return output::print_list(&[account], context.output);
             }
             match context.output {

@@ -11,11 +11,13 @@ mod key_pair;
 mod lookup;
 mod tag;
 mod terminal;
+mod token;
 mod upload;
 
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
+use hearth_types::Credentials;
 
 use crate::args::{Arguments, Command, Global, OutputForm};
 use crate::client::Client;
@@ -62,6 +64,7 @@ pub async fn run(arguments: Arguments) -> Result<(), CliError> {
         Command::Host(command) => host::run(&Context::new(global)?, command).await,
         Command::KeyPair(command) => key_pair::run(&Context::new(global)?, command).await,
         Command::Tag(command) => tag::run(&Context::new(global)?, command).await,
+        Command::Token(command) => token::run(&Context::new(global)?, command).await,
         Command::Account(command) => account::run(&Context::new(global)?, command).await,
     }
 }
@@ -73,6 +76,24 @@ fn save_secret(path: &Path, content: &[u8]) -> Result<(), CliError> {
     let opened = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let mut file = opened.map_err(CliError::io(format!("create {}", path.display())))?;
     file.write_all(content).and_then(|()| file.sync_all()).map_err(CliError::io(format!("write {}", path.display())))
+}
+
+/// Writes a credentials file for a new token, which is printed when that fails: it exists nowhere else.
+fn save_credentials(context: &Context, path: &Path, token: &str, account_id: &str) -> Result<(), CliError> {
+    let credentials = Credentials {
+        endpoint: context.connection.endpoint.clone(),
+        ca_certificate: context.connection.ca_certificate.clone().unwrap_or_default(),
+        token: token.to_owned(),
+        account_id: account_id.to_owned(),
+    };
+    let text = serde_json::to_string_pretty(&credentials)
+        .map_err(|error| CliError::Io { action: "write credentials".to_owned(), source: error.into() })?;
+    if let Err(error) = save_secret(path, (text + "\n").as_bytes()) {
+        output::print(&format!("{token}\n"))?;
+        return Err(error);
+    }
+    eprintln!("credentials: {} (use them with --credentials or HEARTH_CREDENTIALS)", path.display());
+    Ok(())
 }
 
 /// Reads a whole file, or standard input for "-", of at most `limit` bytes.

@@ -1,6 +1,6 @@
 //! Accounts, key pairs and tags.
 
-use hearth_proto::v1::{Account, KeyPair, TaggedResource};
+use hearth_proto::v1::{Account, ApiToken, KeyPair, TaggedResource};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -32,6 +32,35 @@ impl View for Account {
 
     fn id(&self) -> String {
         self.account_id.clone()
+    }
+}
+
+impl View for ApiToken {
+    const COLUMNS: &'static [&'static str] = &["TOKEN", "DESCRIPTION", "IN USE HERE", "AGE", "ACCOUNT"];
+    const NARROW: usize = 4;
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.token_id.clone(),
+            self.description.clone(),
+            if self.is_callers { "yes" } else { "" }.to_owned(),
+            human::age(&self.creation_date, OffsetDateTime::now_utc()),
+            self.account_id.clone(),
+        ]
+    }
+
+    fn value(&self) -> Value {
+        json!({
+            "token_id": self.token_id,
+            "account_id": self.account_id,
+            "description": self.description,
+            "creation_date": self.creation_date,
+            "is_callers": self.is_callers,
+        })
+    }
+
+    fn id(&self) -> String {
+        self.token_id.clone()
     }
 }
 

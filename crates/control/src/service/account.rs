@@ -46,6 +46,7 @@ impl Api {
             schema_version: SCHEMA_VERSION,
             account_id: account.account_id.clone(),
             created_ms: account.created_ms,
+            description: "made with the account".to_owned(),
         };
         let id = &account.account_id;
         let txn = Txn::new()
@@ -82,6 +83,31 @@ impl v1::account_service_server::AccountService for Api {
     ) -> Result<Response<v1::CreateAccountResponse>, Status> {
         auth::operator(&request)?;
         Ok(Response::new(self.do_create_account(request.into_inner()).await?))
+    }
+
+    async fn create_token(
+        &self,
+        request: Request<v1::CreateTokenRequest>,
+    ) -> Result<Response<v1::CreateTokenResponse>, Status> {
+        let caller = auth::caller(&request)?;
+        Ok(Response::new(self.do_create_token(&caller, request.into_inner()).await?))
+    }
+
+    async fn list_tokens(
+        &self,
+        request: Request<v1::ListTokensRequest>,
+    ) -> Result<Response<v1::ListTokensResponse>, Status> {
+        let caller = auth::caller(&request)?;
+        Ok(Response::new(self.do_list_tokens(&caller, request.into_inner())?))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<v1::RevokeTokenRequest>,
+    ) -> Result<Response<v1::RevokeTokenResponse>, Status> {
+        let caller = auth::caller(&request)?;
+        self.do_revoke_token(&caller, &request.get_ref().token_id).await?;
+        Ok(Response::new(v1::RevokeTokenResponse {}))
     }
 
     async fn list_accounts(

@@ -202,3 +202,76 @@ async fn credentials_survive_restarts_and_are_made_anew_when_lost() {
     other.region = "elsewhere-1".into();
     assert!(hearth_control::Control::start(other).await.err().unwrap().to_string().contains("region"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_made_listed_and_refused_as_soon_as_they_are_revoked() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut admin = cloud.user().await;
+    let create = v1::CreateAccountRequest { name: "team".into(), is_operator: false };
+    let made = admin.accounts.create_account(create).await.unwrap().into_inner();
+    let account_id = made.account.unwrap().account_id;
+    let mut team = cloud.user_with(&made.token).await;
+    let list = async |user: &mut User, account: &str| {
+        let request = v1::ListTokensRequest { account_id: account.into(), page: None };
+        user.accounts.list_tokens(request).await.map(|answer| answer.into_inner().api_tokens)
+    };
+    let create = |account: &str| v1::CreateTokenRequest { description: "laptop".into(), account_id: account.into() };
+    let revoke = |id: &str| v1::RevokeTokenRequest { token_id: id.into() };
+    let first = list(&mut team, "").await.unwrap();
+    assert_eq!((first.len(), first[0].is_callers, first[0].account_id.as_str()), (1, true, account_id.as_str()));
+
+    let second = team.accounts.create_token(create("")).await.unwrap().into_inner();
+    let info = second.api_token.unwrap();
+    assert_eq!((info.description.as_str(), info.account_id.as_str(), info.is_callers), ("laptop", &*account_id, false));
+    let mut laptop = cloud.user_with(&second.token).await;
+    let who = laptop.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap().into_inner();
+    assert_eq!(who.account.unwrap().account_id, account_id);
+    let mut ids: Vec<String> = list(&mut laptop, "").await.unwrap().into_iter().map(|token| token.token_id).collect();
+    ids.retain(|id| *id != first[0].token_id);
+    assert_eq!(ids, [info.token_id.clone()]);
+
+    // From the answer on it is refused, on connections that are open too; the other token goes on.
+    team.accounts.revoke_token(revoke(&info.token_id)).await.unwrap();
+    let error = laptop.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::Unauthenticated, "AuthFailure"));
+    assert_eq!(
+        reason(&team.accounts.revoke_token(revoke(&info.token_id)).await.unwrap_err()),
+        "InvalidTokenID.NotFound"
+    );
+    assert_eq!(list(&mut team, "").await.unwrap(), first);
+
+    // Other accounts' tokens are the operators' business alone.
+    let admins = list(&mut admin, "").await.unwrap();
+    assert!(admins[0].is_callers);
+    let error = team.accounts.revoke_token(revoke(&admins[0].token_id)).await.unwrap_err();
+    assert_eq!(reason(&error), "InvalidTokenID.NotFound");
+    let error = team.accounts.create_token(create(&admins[0].account_id)).await.unwrap_err();
+    assert_eq!(error.code(), Code::PermissionDenied);
+    assert_eq!(list(&mut team, &admins[0].account_id).await.unwrap_err().code(), Code::PermissionDenied);
+    let error = list(&mut admin, "999").await.unwrap_err();
+    assert_eq!(reason(&error), "InvalidAccountID.NotFound");
+    let third = admin.accounts.create_token(create(&account_id)).await.unwrap().into_inner();
+    assert_eq!(list(&mut admin, &account_id).await.unwrap().len(), 2);
+    admin.accounts.revoke_token(revoke(&first[0].token_id)).await.unwrap();
+    assert_eq!(list(&mut team, "").await.unwrap_err().code(), Code::Unauthenticated);
+
+    // All of it survives a restart, and no token stands in the store.
+    cloud.stop().await.unwrap();
+    let database = std::fs::read(dir.path().join("hearth.db")).unwrap();
+    for secret in [&second.token, &third.token] {
+        assert!(!database.windows(secret.len()).any(|part| part == secret.as_bytes()));
+    }
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user_with(&third.token).await;
+    assert_eq!(list(&mut user, "").await.unwrap().len(), 1);
+    for revoked in [&made.token, &second.token] {
+        let mut user = cloud.user_with(revoked).await;
+        assert_eq!(list(&mut user, "").await.unwrap_err().code(), Code::Unauthenticated);
+    }
+    for _ in 1..100 {
+        user.accounts.create_token(create("")).await.unwrap();
+    }
+    let error = user.accounts.create_token(create("")).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::ResourceExhausted, "TokenLimitExceeded"));
+}
