@@ -11,9 +11,12 @@ use hearth_scheduler::{
     Config, GroupStrategy, HostSpec, HostState, NoCapacity, Overcommit, PlacementGroup, Request, Reservation,
     ResourceVector, Scheduler, SpreadLevel, Strategy,
 };
+use hearth_types::{HostId, InstanceId, Packed};
 use ipnet::Ipv4Net;
 
+use crate::api_error::{ApiError, ApiResult};
 use crate::life;
+use crate::service::run::no_capacity;
 use crate::tables::{Tables, account_of};
 
 /// First addresses of a network that no instance gets: the network's own, router, DNS, and one in reserve, as in EC2's
@@ -28,8 +31,13 @@ struct Addresses {
     cursor: u32,
 }
 
+/// A host as the scheduler knows it. Its tables are large, so they hold ids as numbers; here is where texts become that.
+pub(crate) type HostKey = Packed<HostId>;
+/// An instance as the scheduler knows it.
+pub(crate) type InstanceKey = Packed<InstanceId>;
+
 pub(crate) struct Placement {
-    scheduler: Scheduler<String, String>,
+    scheduler: Scheduler<HostKey, InstanceKey>,
     addresses: HashMap<String, Addresses>,
     /// Accounts of all instances that are not terminated.
     standing: HashMap<String, String>,
@@ -76,14 +84,15 @@ fn group_name(account: &str, group: &str) -> Arc<str> {
 }
 
 /// What to ask the scheduler for an instance with these wishes.
-pub(crate) fn request(spec: &rec::InstanceSpec) -> Request<String> {
+pub(crate) fn request(spec: &rec::InstanceSpec) -> Request<HostKey> {
     let agent_spec = spec.spec.as_ref();
     let resources = agent_spec.and_then(|s| s.resources).unwrap_or_default();
     let mut request = Request::new(vector(&resources));
     request.strategy = if spec.spread { Strategy::Spread } else { Strategy::Pack };
     request.zone = Some(spec.wanted_zone.as_str()).filter(|zone| !zone.is_empty()).map(Arc::from);
-    request.host = Some(spec.wanted_host.clone()).filter(|host| !host.is_empty());
-    request.exclude_hosts = spec.refused_by.clone();
+    // An id: the call that wrote it looked the host up.
+    request.host = HostKey::parse(&spec.wanted_host);
+    request.exclude_hosts = spec.refused_by.iter().filter_map(|host| HostKey::parse(host)).collect();
     request.placement_group = placement_group(spec);
     request.prefer_image = agent_spec.map(|s| Arc::from(s.image_id.as_str()));
     request
@@ -108,14 +117,17 @@ impl Placement {
 
     /// Adds or changes a host as its records and its session say.
     pub fn sync_host(&mut self, tables: &Tables, host: &str, up: bool) {
+        let Some(key) = HostKey::parse(host) else {
+            return tracing::error!(host, "a host's id in the store is none; nothing is placed there");
+        };
         let Some((spec, status)) = tables.host(host) else {
-            self.scheduler.remove_host(&host.to_owned());
+            self.scheduler.remove_host(&key);
             self.addresses.remove(host);
             return;
         };
         let status = status.map(|status| (*status.value).clone()).unwrap_or_default();
         let capacity = vector(&status.capacity.unwrap_or_default());
-        let mut spec_of_host = HostSpec::new(host.to_owned(), status.availability_zone.as_str(), capacity);
+        let mut spec_of_host = HostSpec::new(key, status.availability_zone.as_str(), capacity);
         let percent = if status.vcpu_overcommit_percent == 0 { 100 } else { status.vcpu_overcommit_percent };
         spec_of_host.overcommit = Overcommit { vcpus_permille: percent.saturating_mul(10), ..Overcommit::default() };
         spec_of_host.labels =
@@ -125,7 +137,7 @@ impl Placement {
             v1::HostState::Draining => HostState::Draining,
             _ => HostState::Active,
         };
-        if let Some(known) = self.scheduler.host(&host.to_owned()) {
+        if let Some(known) = self.scheduler.host(&key) {
             spec_of_host.images = known.spec.images.clone();
         }
         self.scheduler.upsert_host(spec_of_host);
@@ -134,10 +146,12 @@ impl Placement {
     /// Makes the books agree with an instance's records. A stopped instance keeps its place in its groups, without
     /// resources.
     pub fn sync_instance(&mut self, tables: &Tables, id: &str) {
-        let name = id.to_owned();
+        let Some(key) = InstanceKey::parse(id) else {
+            return tracing::error!(instance = id, "an instance's id in the store is none; it takes no room");
+        };
         let found = tables.instance(id).filter(|(spec, status)| !life::state_of(spec, status.as_deref()).is_final());
         let Some((spec, status)) = found else {
-            self.scheduler.release(&name);
+            self.scheduler.release(&key);
             if let Some(account) = self.standing.remove(id) {
                 let count = self.counts.entry(account).or_default();
                 count.standing = count.standing.saturating_sub(1);
@@ -148,7 +162,7 @@ impl Placement {
         if !self.standing.contains_key(id) {
             let account = account_of(&spec).to_owned();
             self.counts.entry(account.clone()).or_default().standing += 1;
-            self.standing.insert(name.clone(), account);
+            self.standing.insert(id.to_owned(), account);
         }
         let resources = match life::holds_resources(&spec, status) {
             true => vector(&spec.spec.as_ref().and_then(|s| s.resources).unwrap_or_default()),
@@ -156,50 +170,56 @@ impl Placement {
         };
         let placement_group = placement_group(&spec).map(|group| (group.name, None));
         let reservation = Reservation { resources, placement_group, groups: Vec::new() };
-        let stands = self.scheduler.allocation(&name);
-        if stands.as_ref().is_some_and(|(host, has)| **host == spec.host_id && *has == reservation) {
+        let Some(host) = HostKey::parse(&spec.host_id) else {
+            return tracing::error!(instance = id, host = spec.host_id, "the id of an instance's host is none");
+        };
+        let stands = self.scheduler.allocation(&key);
+        if stands.as_ref().is_some_and(|(on, has)| **on == host && *has == reservation) {
             return;
         }
-        if let Err(error) = self.scheduler.reserve(&spec.host_id, name, &reservation) {
+        if let Err(error) = self.scheduler.reserve(&host, key, &reservation) {
             tracing::warn!(instance = id, %error, "an instance's host is not in the scheduler");
         }
         if let Some(image) = spec.spec.as_ref().map(|s| s.image_id.as_str()) {
-            self.scheduler.set_host_image(&spec.host_id, image, true);
+            self.scheduler.set_host_image(&host, image, true);
         }
     }
 
     /// Chooses hosts for new instances and reserves the room there.
     pub fn place_many(
         &mut self,
-        ids: &[String],
+        ids: &[InstanceKey],
         min: usize,
-        request: &Request<String>,
+        request: &Request<HostKey>,
     ) -> Result<Vec<String>, NoCapacity> {
         let placements = self.scheduler.place_many(ids, min, request)?;
-        Ok(placements.into_iter().map(|placement| placement.host).collect())
+        Ok(placements.into_iter().map(|placement| placement.host.text()).collect())
     }
 
     /// Admits a stopped instance on its own host again.
-    pub fn readmit(&mut self, tables: &Tables, spec: &rec::InstanceSpec) -> Result<(), NoCapacity> {
+    pub fn readmit(&mut self, tables: &Tables, spec: &rec::InstanceSpec) -> ApiResult<()> {
         let mut wish = request(spec);
-        wish.host = Some(spec.host_id.clone());
+        wish.host = HostKey::parse(&spec.host_id);
         wish.exclude_hosts.clear();
-        self.scheduler.release(&spec.instance_id);
-        let placed = self.scheduler.place(spec.instance_id.clone(), &wish);
+        let (Some(_), Some(key)) = (wish.host, InstanceKey::parse(&spec.instance_id)) else {
+            return Err(ApiError::internal(format!("the record of instance {} is damaged", spec.instance_id)));
+        };
+        self.scheduler.release(&key);
+        let placed = self.scheduler.place(key, &wish);
         if placed.is_err() {
             self.sync_instance(tables, &spec.instance_id);
         }
-        placed.map(|_| ())
+        placed.map(|_| ()).map_err(|error| no_capacity(&error))
     }
 
     /// Chooses another host for an instance that its present one has refused.
-    pub fn relocate(&mut self, id: &str, request: &Request<String>) -> Result<String, NoCapacity> {
-        self.scheduler.relocate(&id.to_owned(), request).map(|placement| placement.host)
+    pub fn relocate(&mut self, id: &str, request: &Request<HostKey>) -> Option<String> {
+        self.scheduler.relocate(&InstanceKey::parse(id)?, request).ok().map(|placement| placement.host.text())
     }
 
     /// Frees what was reserved for an instance that is not in the tables.
-    pub fn release(&mut self, id: &str) {
-        self.scheduler.release(&id.to_owned());
+    pub fn release(&mut self, id: &InstanceKey) {
+        self.scheduler.release(id);
     }
 
     /// Takes a free address of the host's network. It must be given back with [`Self::unclaim_address`] once it is in the
@@ -253,7 +273,7 @@ impl Placement {
 
     /// What is promised on a host, and what may be promised there all together.
     pub fn room(&self, host: &str) -> Room {
-        let view = self.scheduler.host(&host.to_owned());
+        let view = HostKey::parse(host).and_then(|key| self.scheduler.host(&key));
         view.map_or_else(Room::default, |view| Room {
             allocated: to_proto(&view.allocated),
             allocatable: to_proto(&view.allocatable),

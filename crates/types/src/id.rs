@@ -63,6 +63,10 @@ macro_rules! resource_id {
             }
         }
 
+        impl crate::packed::ResourceId for $name {
+            const PREFIX: &'static str = $prefix;
+        }
+
         impl FromStr for $name {
             type Err = IdError;
 

@@ -6,6 +6,7 @@ pub mod filter;
 pub mod id;
 pub mod instance;
 pub mod instance_type;
+pub mod packed;
 pub mod resources;
 pub mod tag;
 
@@ -15,5 +16,6 @@ pub use filter::{FilterError, Filters, Pattern};
 pub use id::{AccountId, HostId, ImageId, InstanceId, KeyPairId, ReservationId, VolumeId};
 pub use instance::{InstanceState, StateReason, StateTransitionError};
 pub use instance_type::{Catalogue, CatalogueError, InstanceType};
+pub use packed::{Packed, ResourceId};
 pub use resources::Resources;
 pub use tag::{TagError, check_tags};

@@ -47,7 +47,7 @@ fn view(core: &Core, spec: &rec::HostSpec, status: Option<&rec::HostStatus>) -> 
 }
 
 /// A host by id or name.
-fn find(tables: &Tables, id_or_name: &str) -> ApiResult<Versioned<rec::HostSpec>> {
+pub(crate) fn find(tables: &Tables, id_or_name: &str) -> ApiResult<Versioned<rec::HostSpec>> {
     let by_id = tables.host(id_or_name).map(|(spec, _)| spec);
     let specs = || tables.hosts.values().filter_map(|entry| entry.spec.as_ref());
     by_id

@@ -7,7 +7,7 @@ use hearth_types::InstanceState;
 use tonic::Code;
 
 use super::instance::{Found, find_all, state_to_proto};
-use super::run::{MAX_TXN_BYTES, no_capacity};
+use super::run::MAX_TXN_BYTES;
 use super::{Api, instance};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
@@ -163,7 +163,6 @@ impl Api {
             InstanceState::Stopped => {
                 books.readmit(tables, spec).map_err(|error| {
                     let host = &spec.host_id;
-                    let error = no_capacity(&error);
                     error.with("instance_id", &spec.instance_id).with("host_id", host)
                 })?;
                 let mut new = life::want(spec, v1::RunState::Running, false, None, String::new());

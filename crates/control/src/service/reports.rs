@@ -186,7 +186,7 @@ fn replace(core: &Arc<Core>, spec: &Spec, status: &InstanceStatus) -> Option<(Tx
     let mut claim = Claim::new(core, account_of(spec));
     claim.ids.push(id.to_owned());
     let host_revision = core.with_placement(|tables, books| {
-        let host = books.relocate(id, &placement::request(&new)).ok()?;
+        let host = books.relocate(id, &placement::request(&new))?;
         let (host_spec, host_status) = tables.host(&host)?;
         let agent_spec = new.spec.as_mut()?;
         for nic in &mut agent_spec.network_interfaces {

@@ -9,14 +9,14 @@ use hearth_store::{Revision, Txn, limits};
 use hearth_types::{InstanceId, InstanceType, ReservationId, VolumeId};
 
 use super::idempotency::ClientToken;
-use super::{Api, image, instance, instance_type, key_pair};
+use super::{Api, host, image, instance, instance_type, key_pair};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode, id_value};
 use crate::keys;
 use crate::life::{SHUTDOWN_STOP, SHUTDOWN_TERMINATE};
-use crate::placement;
+use crate::placement::{self, HostKey, InstanceKey};
 use crate::tables::{SCHEMA_VERSION, Tables};
 
 const CALL: &str = "RunInstances";
@@ -391,9 +391,14 @@ fn place(
         return Err(ApiError::exhausted("InstanceLimitExceeded", message).with("limit", limit));
     }
     specs.truncate(free);
+    let wanted_host = plan.request.placement.as_ref().map_or("", |wish| wish.host_id.as_str());
+    if !wanted_host.is_empty() {
+        let host = host::find(tables, wanted_host)?;
+        specs.iter_mut().for_each(|spec| spec.wanted_host.clone_from(&host.host_id));
+    }
     let Some(first) = specs.first() else { return Err(ApiError::internal("a request for no instance")) };
     let mut request = placement::request(first);
-    let wanted: Vec<String> = specs.iter().map(|spec| spec.instance_id.clone()).collect();
+    let wanted: Vec<InstanceKey> = specs.iter().filter_map(|spec| InstanceKey::parse(&spec.instance_id)).collect();
     let mut full_networks = Vec::new();
     let hosts = loop {
         let hosts = books.place_many(&wanted, plan.min, &request).map_err(|error| match full_networks.is_empty() {
@@ -410,8 +415,8 @@ fn place(
             }
             Err(full) => {
                 wanted.iter().for_each(|id| books.release(id));
-                full_networks.push(full.clone());
-                request.exclude_hosts.push(full);
+                request.exclude_hosts.extend(HostKey::parse(&full));
+                full_networks.push(full);
             }
         }
     };

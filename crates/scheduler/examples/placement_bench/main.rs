@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use hearth_scheduler::ResourceVector;
 use serde_json::{Value, json};
 
-use crate::speed::{Cloud, Figures, Ids, Numbers, Scenario, Texts};
+use crate::speed::{Cloud, Control, Figures, Ids, Numbers, Scenario};
 use crate::workload::Stay;
 
 struct Options {
@@ -87,7 +87,7 @@ fn speed_figures(options: &Options) -> Result<Vec<Value>, String> {
             if options.rules.as_deref().is_some_and(|wanted| wanted != rules) {
                 continue;
             }
-            for measure in [measure::<Numbers>, measure::<Texts>] {
+            for measure in [measure::<Numbers>, measure::<Control>] {
                 let (ids, figures) = measure(options, *hosts, scenario)?;
                 print_speed(rules, ids, &figures);
                 speeds.push(speed_json(rules, ids, &figures));

@@ -1,14 +1,16 @@
 //! How fast decisions are.
 //!
-//! Ids are measured in two forms: as numbers, and as the texts that `hearth-types` has, which cost memory of their own.
+//! Ids are measured in two forms: as bare numbers, and as the control plane has them: texts outside, packed into numbers inside,
+//! both ways within the measured time.
 
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hearth_scheduler::{
     Config, GroupStrategy, HostSpec, Key, Overcommit, PlacementGroup, Request, ResourceVector, Scheduler, SpreadLevel,
 };
-use hearth_types::{HostId, InstanceId};
+use hearth_types::{HostId, InstanceId, Packed};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 
@@ -19,9 +21,15 @@ pub trait Ids {
     const NAME: &'static str;
     type Host: Key;
     type Instance: Key;
+    /// What the caller knows an instance by.
+    type Name: Clone;
     fn host(number: u32) -> Result<Self::Host, String>;
     /// Spread over the whole range, as random ids are.
-    fn instance(number: u64) -> Result<Self::Instance, String>;
+    fn instance(number: u64) -> Self::Name;
+    /// What the scheduler is asked for.
+    fn key(name: &Self::Name) -> Self::Instance;
+    /// Makes of the answer what the caller wants of it.
+    fn told(host: Self::Host);
 }
 
 pub struct Numbers;
@@ -30,29 +38,50 @@ impl Ids for Numbers {
     const NAME: &'static str = "numbers";
     type Host = u64;
     type Instance = u128;
+    type Name = u128;
 
     fn host(number: u32) -> Result<u64, String> {
         Ok(u64::from(number))
     }
 
-    fn instance(number: u64) -> Result<u128, String> {
-        Ok(u128::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835) >> 60)
+    fn instance(number: u64) -> u128 {
+        u128::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835) >> 60
+    }
+
+    fn key(name: &u128) -> u128 {
+        *name
+    }
+
+    fn told(host: u64) {
+        black_box(host);
     }
 }
 
-pub struct Texts;
+/// As `hearth-control` does it.
+pub struct Control;
 
-impl Ids for Texts {
-    const NAME: &'static str = "texts";
-    type Host = HostId;
-    type Instance = InstanceId;
+impl Ids for Control {
+    const NAME: &'static str = "control";
+    type Host = Packed<HostId>;
+    type Instance = Packed<InstanceId>;
+    type Name = String;
 
-    fn host(number: u32) -> Result<HostId, String> {
-        format!("h-{number:017x}").parse().map_err(|problem| format!("{problem}"))
+    fn host(number: u32) -> Result<Packed<HostId>, String> {
+        let text = format!("h-{number:017x}");
+        Packed::parse(&text).ok_or_else(|| format!("{text} is no id"))
     }
 
-    fn instance(number: u64) -> Result<InstanceId, String> {
-        format!("i-{:017x}", Numbers::instance(number)?).parse().map_err(|problem| format!("{problem}"))
+    fn instance(number: u64) -> String {
+        format!("i-{:017x}", Numbers::instance(number))
+    }
+
+    #[allow(clippy::unwrap_used)]
+    fn key(name: &String) -> Packed<InstanceId> {
+        Packed::parse(name).unwrap()
+    }
+
+    fn told(host: Packed<HostId>) {
+        black_box(host.text());
     }
 }
 
@@ -101,7 +130,7 @@ pub struct Cloud<I: Ids> {
     scenario: Scenario,
     scheduler: Scheduler<I::Host, I::Instance>,
     random: Random,
-    live: Vec<I::Instance>,
+    live: Vec<I::Name>,
     next: u64,
     images: Vec<Arc<str>>,
     zones: Vec<Arc<str>>,
@@ -136,7 +165,7 @@ impl<I: Ids> Cloud<I> {
         let total = u64::from(hosts) * (192 << 10);
         let mut used = 0;
         while used < total * FILL_PERCENT / 100 {
-            let (id, request) = cloud.request()?;
+            let (id, request) = cloud.request();
             if cloud.place(id, &request) {
                 used += request.resources.memory_mib;
             } else if cloud.refusals > 1000 {
@@ -147,16 +176,16 @@ impl<I: Ids> Cloud<I> {
         Ok(cloud)
     }
 
-    fn request(&mut self) -> Result<(I::Instance, Request<I::Host>), String> {
+    fn request(&mut self) -> (I::Name, Request<I::Host>) {
         let mut resources = self.random.size();
         let group: Arc<str> = format!("group-{}", self.next / GROUP_SIZE).into();
-        let id = I::instance(self.next)?;
+        let id = I::instance(self.next);
         self.next += 1;
         if self.scenario == Scenario::AntiAffinity {
             let mut request = Request::new(resources);
             request.groups = vec![group.clone()];
             request.anti_affinity = vec![group];
-            return Ok((id, request));
+            return (id, request);
         }
         resources.ecu_milli = u64::from(resources.vcpus) * 1500;
         resources.ebs_mbps = u64::from(resources.vcpus) * 150;
@@ -173,11 +202,11 @@ impl<I: Ids> Cloud<I> {
             strategy: GroupStrategy::Spread { level: SpreadLevel::Rack, max_per_zone: Some(7) },
         });
         request.prefer_image = Some(self.images[self.random.below(10) as usize].clone());
-        Ok((id, request))
+        (id, request)
     }
 
-    fn place(&mut self, id: I::Instance, request: &Request<I::Host>) -> bool {
-        match self.scheduler.place(id.clone(), request) {
+    fn place(&mut self, id: I::Name, request: &Request<I::Host>) -> bool {
+        match self.scheduler.place(I::key(&id), request) {
             Ok(_) => self.live.push(id),
             Err(_) => {
                 self.refusals += 1;
@@ -187,7 +216,7 @@ impl<I: Ids> Cloud<I> {
         true
     }
 
-    fn draw_victims(&mut self, count: usize) -> Vec<I::Instance> {
+    fn draw_victims(&mut self, count: usize) -> Vec<I::Name> {
         let count = count.min(self.live.len());
         (0..count)
             .map(|_| {
@@ -204,33 +233,35 @@ impl<I: Ids> Cloud<I> {
         let rounds = placements.div_ceil(batch);
         let (mut placing, mut releasing) = (Duration::ZERO, Duration::ZERO);
         for _ in 0..rounds {
-            let (victims, requests) = self.round(batch)?;
+            let (victims, requests) = self.round(batch);
             let start = CpuClock::now()?;
             for victim in &victims {
-                self.scheduler.release(victim);
+                self.scheduler.release(&I::key(victim));
             }
             releasing += start.elapsed()?;
-            let ids: Vec<I::Instance> = requests.iter().map(|(id, _)| id.clone()).collect();
             let start = CpuClock::now()?;
             let mut placed = 0u64;
-            for (id, (_, request)) in ids.into_iter().zip(&requests) {
-                placed += u64::from(self.scheduler.place(id, request).is_ok());
+            for (id, request) in &requests {
+                if let Ok(placement) = self.scheduler.place(I::key(id), request) {
+                    I::told(placement.host);
+                    placed += 1;
+                }
             }
             placing += start.elapsed()?;
             self.refusals += requests.len() as u64 - placed;
             let placed_ids = requests.into_iter().map(|(id, _)| id);
-            self.live.extend(placed_ids.filter(|id| self.scheduler.allocation(id).is_some()));
+            self.live.extend(placed_ids.filter(|id| self.scheduler.allocation(&I::key(id)).is_some()));
         }
         let mut single = Vec::with_capacity(rounds.min(5000) * batch);
         for _ in 0..rounds.min(5000) {
-            let (victims, requests) = self.round(batch)?;
+            let (victims, requests) = self.round(batch);
             for victim in &victims {
-                self.scheduler.release(victim);
+                self.scheduler.release(&I::key(victim));
             }
             for (id, request) in requests {
-                let owned = id.clone();
                 let start = Instant::now();
-                let placed = self.scheduler.place(owned, &request).is_ok();
+                let placed =
+                    self.scheduler.place(I::key(&id), &request).map(|placement| I::told(placement.host)).is_ok();
                 single.push(start.elapsed());
                 if placed {
                     self.live.push(id);
@@ -253,9 +284,9 @@ impl<I: Ids> Cloud<I> {
     }
 
     #[allow(clippy::type_complexity)]
-    fn round(&mut self, batch: usize) -> Result<(Vec<I::Instance>, Vec<(I::Instance, Request<I::Host>)>), String> {
+    fn round(&mut self, batch: usize) -> (Vec<I::Name>, Vec<(I::Name, Request<I::Host>)>) {
         let victims = self.draw_victims(batch);
-        let requests = (0..batch).map(|_| self.request()).collect::<Result<_, _>>()?;
-        Ok((victims, requests))
+        let requests = (0..batch).map(|_| self.request()).collect();
+        (victims, requests)
     }
 }
