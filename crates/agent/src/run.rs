@@ -135,7 +135,7 @@ async fn join(
             Err(error @ (LinkError::Connect { .. } | LinkError::Call(_))) => {
                 tracing::warn!(%error, "joining the cluster; trying again");
                 tokio::select! {
-                    () = sleep(pause.next()) => {}
+                    () = sleep(pause.longer()) => {}
                     () = shutdown.cancelled() => return Ok(None),
                 }
             }
@@ -194,7 +194,7 @@ async fn keep_connected(
             pause = Pause::default();
         }
         tokio::select! {
-            () = sleep(pause.next()) => {}
+            () = sleep(pause.longer()) => {}
             () = shutdown.cancelled() => return,
         }
     }

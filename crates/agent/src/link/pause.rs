@@ -14,7 +14,7 @@ pub struct Pause(u32);
 
 impl Pause {
     /// How long to wait before the next try: between half of the present limit and all of it. The limit doubles each time.
-    pub fn next(&mut self) -> Duration {
+    pub fn longer(&mut self) -> Duration {
         let most = FIRST.saturating_mul(1 << self.0.min(8)).min(LONGEST);
         self.0 = self.0.saturating_add(1);
         let mut random = [0u8; 2];
@@ -32,7 +32,7 @@ mod tests {
     fn pauses_begin_short_grow_and_stay_below_a_few_seconds() {
         for _ in 0..100 {
             let mut pause = Pause::default();
-            let pauses: Vec<Duration> = (0..1000).map(|_| pause.next()).collect();
+            let pauses: Vec<Duration> = (0..1000).map(|_| pause.longer()).collect();
             let mut limit = FIRST;
             for pause in &pauses {
                 assert!(*pause >= limit / 2 && *pause <= limit, "{pause:?} of {limit:?}");
@@ -40,7 +40,7 @@ mod tests {
             }
             assert!(pauses.iter().take(4).sum::<Duration>() <= Duration::from_millis(1500), "{pauses:?}");
         }
-        let mut distinct: Vec<Duration> = (0..100).map(|_| Pause::default().next()).collect();
+        let mut distinct: Vec<Duration> = (0..100).map(|_| Pause::default().longer()).collect();
         distinct.sort();
         distinct.dedup();
         assert!(distinct.len() > 10, "agents come back at different moments");

@@ -229,7 +229,7 @@ async fn tokens_are_made_listed_and_refused_as_soon_as_they_are_revoked() {
     assert_eq!(who.account.unwrap().account_id, account_id);
     let mut ids: Vec<String> = list(&mut laptop, "").await.unwrap().into_iter().map(|token| token.token_id).collect();
     ids.retain(|id| *id != first[0].token_id);
-    assert_eq!(ids, [info.token_id.clone()]);
+    assert_eq!(ids, std::slice::from_ref(&info.token_id));
 
     // From the answer on it is refused, on connections that are open too; the other token goes on.
     team.accounts.revoke_token(revoke(&info.token_id)).await.unwrap();
