@@ -97,7 +97,7 @@ def cloud_hypervisor(options, work, cmdline):
 
 
 def kvm_counters():
-    """KVM's system-wide counters; one guest runs at a time, so that differences are its own."""
+    """KVM's counters, summed over the guests that live now; one runs at a time."""
     folder = pathlib.Path("/sys/kernel/debug/kvm")
     counters = {}
     for path in folder.iterdir() if folder.is_dir() else []:
@@ -135,8 +135,7 @@ def memory_beside_guest(pid, guest_mib):
 
 
 def boot(command, hold, guest_mib, timeout=120):
-    """One boot: wall seconds to guest init and to exit, guest uptime, counters, memory (when held)."""
-    before = kvm_counters()
+    """One boot: wall seconds to guest init and to exit, guest uptime; when held, KVM's counters at init and memory."""
     started = time.monotonic()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output, result = b"", {}
@@ -154,14 +153,13 @@ def boot(command, hold, guest_mib, timeout=120):
             result["init"] = time.monotonic() - started
             result["uptime"] = float(output.split(b"BENCH-INIT ")[1].split()[0])
             if hold:
+                result["kvm"] = {name: count for name, count in kvm_counters().items() if count}
                 time.sleep(1)
                 result["pss"], result["dirty"] = memory_beside_guest(process.pid, guest_mib)
     process.wait()
     result["exit"] = time.monotonic() - started
     if "init" not in result:
         raise RuntimeError(f"{command[0]} never reached init; output ends:\n{output[-2000:].decode(errors='replace')}")
-    after = kvm_counters()
-    result["kvm"] = {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
     return result
 
 
@@ -176,20 +174,19 @@ def run(options, work):
     memory = {}
     for turn in range(options.runs + 1):
         for name, (make, line) in vmms.items():
-            result = boot(make(options, work, line), False, options.memory)
-            if turn:  # the first turn warms caches
+            # The first turn warms caches and takes the memory: the guest is held in it, so that its times do not count.
+            hold = turn == 0
+            result = boot(make(options, work, line + " bench.hold" * hold), hold, options.memory)
+            if hold:
+                memory[name] = result
+            else:
                 runs[name].append(result)
             print(f"\r{turn}/{options.runs} {name:<20}", end="", file=sys.stderr, flush=True)
-    for name, (make, line) in vmms.items():
-        held = [boot(make(options, work, line + " bench.hold"), True, options.memory) for _ in range(3)]
-        memory[name] = {key: statistics.median(r[key] for r in held) for key in ("pss", "dirty")}
     print(file=sys.stderr)
     report = {}
     for name, results in runs.items():
         median = {key: statistics.median(r[key] for r in results) for key in ("init", "exit", "uptime")}
-        kinds = sorted({kind for r in results for kind in r["kvm"]})
-        median["kvm"] = {kind: statistics.median(r["kvm"].get(kind, 0) for r in results) for kind in kinds}
-        report[name] = {**median, "pss_kib": memory[name]["pss"], "private_dirty_kib": memory[name]["dirty"],
+        report[name] = {**median, "kvm": memory[name]["kvm"], "pss_kib": memory[name]["pss"], "private_dirty_kib": memory[name]["dirty"],
                         "spread_init": [min(r["init"] for r in results), max(r["init"] for r in results)]}
     base = report["hearth-vmm"]
     print(f"{'VMM':<18}{'to init s':>10}{'ratio':>7}{'to exit s':>11}{'ratio':>7}{'uptime s':>10}{'exits':>9}"
