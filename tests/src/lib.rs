@@ -38,9 +38,18 @@ pub fn program(name: &str) -> PathBuf {
 
 /// The disk image of the recipe `tiny`.
 pub fn tiny_image() -> PathBuf {
-    let path = std::env::var_os("HEARTH_TEST_IMAGE")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../images/out/tiny.raw"), PathBuf::from);
-    assert!(path.exists(), "{} is not built: run scripts/test, or images/build tiny", path.display());
+    image("HEARTH_TEST_IMAGE", "tiny")
+}
+
+/// The disk image of the recipe `debian-12`.
+pub fn debian_image() -> PathBuf {
+    image("HEARTH_TEST_DEBIAN", "debian-12")
+}
+
+fn image(variable: &str, recipe: &str) -> PathBuf {
+    let built = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../images/out/{recipe}.raw"));
+    let path = std::env::var_os(variable).map_or_else(built, PathBuf::from);
+    assert!(path.exists(), "{} is not built: run scripts/test, or images/build {recipe}", path.display());
     path
 }
 

@@ -2,8 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
+use std::process::Command;
+use std::time::Duration;
+
 use hearth_tests::cloud::{Cloud, Shape};
-use hearth_tests::tiny_image;
+use hearth_tests::{debian_image, tiny_image};
+
+/// How long a whole distribution may take to boot on an emulated CPU beside other guests.
+const FULL_SYSTEM: Duration = Duration::from_secs(420);
 
 #[test]
 fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
@@ -71,6 +77,47 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
 
     cloud.hearth(&["instance", "terminate", "a", "--yes", "--wait"]);
     assert_eq!(cloud.json(&["instance", "list", "--all"])[0]["state"], "terminated");
+    cloud.assert_nothing_left();
+}
+
+#[test]
+fn debian_takes_its_key_and_user_data_and_lets_in() {
+    let cloud = Cloud::start(Shape::One);
+    cloud.hearth(&["image", "import", debian_image().to_str().unwrap(), "--name", "debian"]);
+    let key = cloud.path("key");
+    std::fs::write(&key, cloud.hearth(&["key-pair", "create", "me"])).unwrap();
+    std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let user_data = cloud.path("user-data");
+    std::fs::write(&user_data, "#cloud-config\npassword: hearth-secret\nchpasswd: {expire: false}\n").unwrap();
+    let user_data = user_data.to_str().unwrap();
+    let run = ["instance", "run", "debian", "--type", "h1.small", "--name", "d", "--key-name", "me"];
+    cloud.hearth(&[run.as_slice(), &["--user-data", user_data, "--wait"]].concat());
+
+    // The password came as user data; the console is a terminal that systemd's getty has opened.
+    let mut console = cloud.console("d");
+    console.wait_for_within(" login: ", FULL_SYSTEM);
+    cloud.wait_for_output("d", " finished at ", 1);
+    console.send("admin");
+    console.wait_for("assword: ");
+    console.send("hearth-secret");
+    console.wait_for("admin@ip-");
+    drop(console);
+
+    let address = cloud.instance("d")["network_interfaces"][0]["private_ip_address"].as_str().unwrap().to_owned();
+    let ssh = Command::new("ssh")
+        .args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes", "-i"])
+        .arg(&key)
+        .args([&format!("admin@{address}"), "hostname; cat /var/lib/cloud/data/instance-id"])
+        .output()
+        .unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&ssh.stdout), String::from_utf8_lossy(&ssh.stderr));
+    let id = cloud.instance("d")["instance_id"].as_str().unwrap().to_owned();
+    assert_eq!(said.trim(), format!("ip-{}\n{id}", address.replace('.', "-")), "{complained}");
+
+    // systemd shuts down at the power button.
+    cloud.hearth(&["instance", "stop", "d", "--wait"]);
+    assert_eq!(cloud.instance("d")["state_reason"]["code"], "Client.UserInitiatedShutdown");
+    cloud.hearth(&["instance", "terminate", "d", "--yes", "--wait"]);
     cloud.assert_nothing_left();
 }
 
