@@ -22,12 +22,20 @@ pub struct BootFiles {
     pub cmdline: String,
 }
 
-/// Takes kernel and initrd out of an image and puts them into `folder`.
+/// Takes kernel and initrd out of an image and puts them into `folder`; the kernel as the vmlinux inside its bzImage.
 pub fn boot_files(image: &Path, folder: &Path) -> BootFiles {
+    let files = packed_boot_files(image, folder);
+    let packed = std::fs::read(&files.kernel).unwrap();
+    std::fs::write(&files.kernel, hearth_agent::boot::extract_vmlinux(&packed).unwrap()).unwrap();
+    files
+}
+
+/// The same with the kernel as it is in the image, a bzImage.
+pub fn packed_boot_files(image: &Path, folder: &Path) -> BootFiles {
     let disk: Arc<dyn ReadAt> = Arc::new(FileDisk::new(File::open(image).unwrap()).unwrap());
     let found = discover(&disk, &Override::default()).unwrap();
     let files = BootFiles { kernel: folder.join("kernel"), initrd: folder.join("initrd"), cmdline: found.cmdline };
-    std::fs::write(&files.kernel, hearth_agent::boot::extract_vmlinux(&found.kernel).unwrap()).unwrap();
+    std::fs::write(&files.kernel, &found.kernel).unwrap();
     std::fs::write(&files.initrd, found.initrd.expect("the image has an initrd")).unwrap();
     files
 }

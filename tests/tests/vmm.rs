@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use hearth_tests::machine::{BootFiles, Machine, boot_files, copy_disk};
+use hearth_tests::machine::{BootFiles, Machine, boot_files, copy_disk, packed_boot_files};
 use hearth_tests::report::of_kind;
 use hearth_tests::{scratch, tiny_image};
 
@@ -172,6 +172,17 @@ fn processors_and_memory_are_what_was_asked_for() {
         machine.console.send("poweroff");
         assert_eq!(machine.exit_code(), 0);
     }
+}
+
+#[test]
+fn a_bzimage_boots_as_it_is() {
+    let setup = Setup::new();
+    let boot = packed_boot_files(&tiny_image(), setup.folder.path());
+    let mut machine = Machine::start(&boot, &["--disk", &setup.root()]);
+    machine.console.wait_for("HEARTH-GUEST ready");
+    machine.console.wait_for_shell();
+    machine.console.send("poweroff");
+    assert_eq!(machine.exit_code(), 0);
 }
 
 #[test]
