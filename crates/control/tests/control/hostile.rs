@@ -132,7 +132,12 @@ async fn mutilated_messages_over_the_wire_get_errors() {
         ..request(&image, "t3.nano")
     };
     let bytes = model.encode_to_vec();
-    for _ in 0..300 {
+    // A short run by default, minutes with `HEARTH_FUZZ_SECONDS=n`.
+    let seconds = std::env::var("HEARTH_FUZZ_SECONDS").ok().map(|text| text.parse().expect("a number of seconds"));
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds.unwrap_or(0));
+    let mut rounds = 0u64;
+    while rounds < 300 || std::time::Instant::now() < end {
+        rounds += 1;
         let mut damaged = bytes.clone();
         for _ in 0..=random() % 4 {
             let at = (random() % damaged.len() as u64) as usize;
@@ -151,4 +156,5 @@ async fn mutilated_messages_over_the_wire_get_errors() {
         }
     }
     user.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap();
+    println!("{rounds} rounds");
 }
