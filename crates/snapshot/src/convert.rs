@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::ImageError;
 use crate::format::{Format, detect_opened};
 use crate::source::Source;
-use crate::writer::SparseWriter;
+use crate::writer::{DiskSink, SparseWriter};
 use crate::{ProgressFn, SECTOR, qcow2, raw, vmdk};
 
 /// Largest disk taken when nothing else is said: 2 TiB.
@@ -58,47 +58,86 @@ pub fn convert_with_limits(
     limits: Limits,
     progress: ProgressFn<'_>,
 ) -> Result<Converted, ImageError> {
-    let (file, bytes) = Source::open(input)?;
-    if bytes == 0 {
-        return Err(ImageError::Empty);
-    }
-    let format = match format {
-        Some(Format::Raw) => Format::Raw,
-        Some(named) if detect_opened(&file, input).ok() != Some(named) => return Err(ImageError::WrongFormat(named)),
-        Some(named) => named,
-        None => detect_opened(&file, input)?,
-    };
-    let source = Source { file, path: input.to_owned(), bytes, format };
-    let checked = |virtual_bytes: u64| {
-        let padded = virtual_bytes.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
-        if padded > limits.max_virtual_bytes {
-            return Err(ImageError::TooLarge { virtual_bytes, limit: limits.max_virtual_bytes });
-        }
-        if padded == 0 { Err(ImageError::Empty) } else { Ok(padded) }
-    };
-    let mut writer;
-    match format {
-        Format::Raw => {
-            let size = checked(bytes)?;
-            writer = SparseWriter::create(output)?;
-            raw::copy(&source, size, &mut writer, progress)?;
-        }
-        Format::Qcow2 => {
-            let image = qcow2::Image::open(source)?;
-            let size = checked(image.virtual_bytes())?;
-            image.check_tables()?;
-            writer = SparseWriter::create(output)?;
-            image.copy(size, &mut writer, progress)?;
-        }
-        Format::Vmdk => {
-            let image = vmdk::Image::open(source)?;
-            let size = checked(image.virtual_bytes())?;
-            writer = SparseWriter::create(output)?;
-            image.copy(size, &mut writer, progress)?;
-        }
-    }
+    let opened = OpenedImage::open(input, format, limits)?;
+    let format = opened.format();
+    let mut writer = SparseWriter::create(output)?;
+    opened.copy(&mut writer, progress)?;
     let written = writer.finish()?;
     Ok(Converted { format, virtual_bytes: written.bytes, data_bytes: written.data_bytes, sha256: written.sha256 })
+}
+
+/// A disk image whose header was checked.
+#[derive(Debug)]
+pub(crate) struct OpenedImage {
+    kind: Kind,
+    virtual_bytes: u64,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Raw(Source),
+    Qcow2(qcow2::Image),
+    Vmdk(vmdk::Image),
+}
+
+impl OpenedImage {
+    pub fn open(input: &Path, format: Option<Format>, limits: Limits) -> Result<Self, ImageError> {
+        let (file, bytes) = Source::open(input)?;
+        if bytes == 0 {
+            return Err(ImageError::Empty);
+        }
+        let format = match format {
+            Some(Format::Raw) => Format::Raw,
+            Some(named) if detect_opened(&file, input).ok() != Some(named) => {
+                return Err(ImageError::WrongFormat(named));
+            }
+            Some(named) => named,
+            None => detect_opened(&file, input)?,
+        };
+        let source = Source { file, path: input.to_owned(), bytes, format };
+        let checked = |virtual_bytes: u64| {
+            let padded = virtual_bytes.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
+            if padded > limits.max_virtual_bytes {
+                return Err(ImageError::TooLarge { virtual_bytes, limit: limits.max_virtual_bytes });
+            }
+            if padded == 0 { Err(ImageError::Empty) } else { Ok(padded) }
+        };
+        match format {
+            Format::Raw => Ok(Self { virtual_bytes: checked(bytes)?, kind: Kind::Raw(source) }),
+            Format::Qcow2 => {
+                let image = qcow2::Image::open(source)?;
+                let virtual_bytes = checked(image.virtual_bytes())?;
+                image.check_tables()?;
+                Ok(Self { virtual_bytes, kind: Kind::Qcow2(image) })
+            }
+            Format::Vmdk => {
+                let image = vmdk::Image::open(source)?;
+                Ok(Self { virtual_bytes: checked(image.virtual_bytes())?, kind: Kind::Vmdk(image) })
+            }
+        }
+    }
+
+    pub fn format(&self) -> Format {
+        match self.kind {
+            Kind::Raw(_) => Format::Raw,
+            Kind::Qcow2(_) => Format::Qcow2,
+            Kind::Vmdk(_) => Format::Vmdk,
+        }
+    }
+
+    /// Size of the disk in bytes, a multiple of 512.
+    pub fn virtual_bytes(&self) -> u64 {
+        self.virtual_bytes
+    }
+
+    /// Hands the whole disk to `sink`.
+    pub fn copy(self, sink: &mut dyn DiskSink, progress: ProgressFn<'_>) -> Result<(), ImageError> {
+        match self.kind {
+            Kind::Raw(source) => raw::copy(&source, self.virtual_bytes, sink, progress),
+            Kind::Qcow2(image) => image.copy(self.virtual_bytes, sink, progress),
+            Kind::Vmdk(image) => image.copy(self.virtual_bytes, sink, progress),
+        }
+    }
 }
 
 #[cfg(test)]

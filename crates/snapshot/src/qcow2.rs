@@ -12,7 +12,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, St
 
 use crate::error::ImageError;
 use crate::source::{Source, field};
-use crate::writer::SparseWriter;
+use crate::writer::DiskSink;
 use crate::{ProgressFn, SECTOR};
 
 const BUFFER: u64 = 1 << 20;
@@ -207,7 +207,7 @@ impl Image {
     }
 
     /// Writes the disk, padded to `size`.
-    pub fn copy(self, size: u64, writer: &mut SparseWriter, progress: ProgressFn<'_>) -> Result<(), ImageError> {
+    pub fn copy(self, size: u64, writer: &mut dyn DiskSink, progress: ProgressFn<'_>) -> Result<(), ImageError> {
         let failed = |error: io::Error| match error.raw_os_error() {
             Some(_) => ImageError::io("read", &self.source.path)(error),
             None => self.source.corrupt(error.to_string()),
@@ -228,7 +228,7 @@ impl Image {
                 return Err(self.source.corrupt(format!("nothing is mapped at byte {at} of the disk")));
             }
             if let Mapping::Zero { .. } = mapping {
-                writer.zeros(length, |done| progress(done, size));
+                writer.zeros(length, &mut |done| progress(done, size))?;
                 continue;
             }
             let count = length.min(BUFFER) as usize;
@@ -237,7 +237,7 @@ impl Image {
             writer.data(piece)?;
             progress(writer.position(), size);
         }
-        writer.zeros(size - self.virtual_bytes, |_| {});
+        writer.zeros(size - self.virtual_bytes, &mut |_| {})?;
         Ok(())
     }
 }

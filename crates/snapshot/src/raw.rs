@@ -9,7 +9,7 @@ use nix::unistd::{Whence, lseek};
 use crate::ProgressFn;
 use crate::error::ImageError;
 use crate::source::Source;
-use crate::writer::SparseWriter;
+use crate::writer::DiskSink;
 
 const BUFFER: usize = 1 << 20;
 
@@ -37,14 +37,14 @@ pub fn next_data(file: impl AsFd, offset: u64, size: u64) -> io::Result<Option<(
 pub(crate) fn copy(
     source: &Source,
     virtual_bytes: u64,
-    writer: &mut SparseWriter,
+    writer: &mut dyn DiskSink,
     progress: ProgressFn<'_>,
 ) -> Result<(), ImageError> {
     let mut buffer = vec![0; BUFFER];
     while let Some((start, end)) = next_data(&source.file, writer.position(), source.bytes)
         .map_err(ImageError::io("look for data in", &source.path))?
     {
-        writer.zeros(start - writer.position(), |done| progress(done, virtual_bytes));
+        writer.zeros(start - writer.position(), &mut |done| progress(done, virtual_bytes))?;
         while writer.position() < end {
             let count = (end - writer.position()).min(BUFFER as u64) as usize;
             let piece = buffer.get_mut(..count).unwrap_or_default();
@@ -53,6 +53,6 @@ pub(crate) fn copy(
             progress(writer.position(), virtual_bytes);
         }
     }
-    writer.zeros(virtual_bytes - writer.position(), |done| progress(done, virtual_bytes));
+    writer.zeros(virtual_bytes - writer.position(), &mut |done| progress(done, virtual_bytes))?;
     Ok(())
 }

@@ -7,7 +7,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 use crate::error::ImageError;
 use crate::format::VMDK_MAGIC;
 use crate::source::{Source, field};
-use crate::writer::SparseWriter;
+use crate::writer::DiskSink;
 use crate::{ProgressFn, SECTOR};
 
 const HEADER_BYTES: usize = 512;
@@ -100,7 +100,7 @@ impl Image {
     }
 
     /// Writes the disk, padded to `size`.
-    pub fn copy(self, size: u64, writer: &mut SparseWriter, progress: ProgressFn<'_>) -> Result<(), ImageError> {
+    pub fn copy(self, size: u64, writer: &mut dyn DiskSink, progress: ProgressFn<'_>) -> Result<(), ImageError> {
         let source = &self.source;
         let Header { virtual_bytes, grain_bytes, entries_per_table, directory, .. } = self.header;
         let per_table = grain_bytes * entries_per_table;
@@ -115,7 +115,7 @@ impl Image {
         for table_sector in directory.as_chunks::<4>().0 {
             let table_sector = u64::from(u32::from_le_bytes(*table_sector));
             if table_sector == 0 {
-                writer.zeros(per_table.min(virtual_bytes - writer.position()), |done| progress(done, size));
+                writer.zeros(per_table.min(virtual_bytes - writer.position()), &mut |done| progress(done, size))?;
                 continue;
             }
             source.read("a grain table", &mut table, self.sector(table_sector)?)?;
@@ -126,7 +126,7 @@ impl Image {
                 }
                 let entry = u32::from_le_bytes(*entry);
                 if entry == 0 || entry == ZERO_GRAIN && self.header.flags & FLAG_ZERO_GRAINS != 0 {
-                    writer.zeros(length, |done| progress(done, size));
+                    writer.zeros(length, &mut |done| progress(done, size))?;
                     continue;
                 }
                 grains += 1;
@@ -137,7 +137,7 @@ impl Image {
                 progress(writer.position(), size);
             }
         }
-        writer.zeros(size - virtual_bytes, |_| {});
+        writer.zeros(size - virtual_bytes, &mut |_| {})?;
         Ok(())
     }
 

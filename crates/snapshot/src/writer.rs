@@ -74,6 +74,18 @@ pub(crate) struct Written {
 }
 
 /// Takes a disk's content from start to end.
+pub(crate) trait DiskSink {
+    /// Bytes taken so far.
+    fn position(&self) -> u64;
+
+    /// Appends `data`.
+    fn data(&mut self, data: &[u8]) -> Result<(), ImageError>;
+
+    /// Appends `length` bytes of zeros; `step` is called now and then with the position.
+    fn zeros(&mut self, length: u64, step: &mut dyn FnMut(u64)) -> Result<(), ImageError>;
+}
+
+/// Writes a raw file in which zeros are holes.
 #[derive(Debug)]
 pub(crate) struct SparseWriter {
     output: TemporaryFile,
@@ -87,12 +99,29 @@ impl SparseWriter {
         Ok(Self { output: TemporaryFile::beside(target)?, hash: Sha256::new(), position: 0, data_bytes: 0 })
     }
 
-    pub fn position(&self) -> u64 {
+    fn write_run(&mut self, data: &[u8], (at, start, end): (u64, usize, usize)) -> Result<(), ImageError> {
+        let bytes = data.get(start..end).unwrap_or_default();
+        self.output.file.write_all_at(bytes, at).map_err(ImageError::io("write", self.output.path()))?;
+        self.data_bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Ends the file here and gives it its name.
+    pub fn finish(self) -> Result<Written, ImageError> {
+        self.output.file.set_len(self.position).map_err(ImageError::io("set the size of", self.output.path()))?;
+        self.output.persist()?;
+        let digest = self.hash.finalize();
+        let sha256 = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Written { bytes: self.position, data_bytes: self.data_bytes, sha256 })
+    }
+}
+
+impl DiskSink for SparseWriter {
+    fn position(&self) -> u64 {
         self.position
     }
 
-    /// Appends `data`; blocks of zeros in it become holes.
-    pub fn data(&mut self, data: &[u8]) -> Result<(), ImageError> {
+    fn data(&mut self, data: &[u8]) -> Result<(), ImageError> {
         self.hash.update(data);
         let mut run: Option<(u64, usize, usize)> = None;
         let mut offset = 0;
@@ -116,15 +145,7 @@ impl SparseWriter {
         Ok(())
     }
 
-    fn write_run(&mut self, data: &[u8], (at, start, end): (u64, usize, usize)) -> Result<(), ImageError> {
-        let bytes = data.get(start..end).unwrap_or_default();
-        self.output.file.write_all_at(bytes, at).map_err(ImageError::io("write", self.output.path()))?;
-        self.data_bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Appends a hole of `length` bytes.
-    pub fn zeros(&mut self, length: u64, mut step: impl FnMut(u64)) {
+    fn zeros(&mut self, length: u64, step: &mut dyn FnMut(u64)) -> Result<(), ImageError> {
         let mut left = length;
         while left > 0 {
             let count = left.min(ZEROS.len() as u64);
@@ -135,15 +156,7 @@ impl SparseWriter {
                 step(self.position);
             }
         }
-    }
-
-    /// Ends the file here and gives it its name.
-    pub fn finish(self) -> Result<Written, ImageError> {
-        self.output.file.set_len(self.position).map_err(ImageError::io("set the size of", self.output.path()))?;
-        self.output.persist()?;
-        let digest = self.hash.finalize();
-        let sha256 = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Written { bytes: self.position, data_bytes: self.data_bytes, sha256 })
+        Ok(())
     }
 }
 
