@@ -8,6 +8,8 @@
 //! Every object is described byte by byte in docs/storage-objects.md.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
+mod archive;
+mod bundle;
 mod chunk;
 mod clone;
 mod convert;
@@ -23,18 +25,27 @@ mod objects;
 mod qcow2;
 mod raw;
 mod source;
+mod sources;
 mod upload;
 mod usage;
 mod verify;
 mod vmdk;
 mod writer;
 
+pub use archive::{
+    ArchiveDisk, ArchiveHeader, Archived, ArchivedDisk, OnArchiveProgress, OpenedArchive, RestoreDisk, open_archive,
+    write_archive,
+};
+pub use bundle::{
+    BundleManifest, BundlePart, BundleSpec, Bundled, MAX_BUNDLE_DISK_BYTES, OnBundleProgress, PART_BYTES, load_bundle,
+    restore_bundle, write_bundle,
+};
 pub use chunk::{CHUNK_BYTES, ChunkHash, ChunkRef, ChunkStore, KeyDomain, KeyDomainId, PutOutcome, chunk_count};
 pub use clone::{CloneMethod, Cloned, clone_file};
 pub use convert::{Converted, DEFAULT_MAX_VIRTUAL_BYTES, Limits, convert, convert_with_limits};
 pub use epoch::{Epoch, GRACE, LOOKBACK};
 pub use error::ImageError;
-pub use export::{ExportFormat, Exported, export};
+pub use export::{ExportFormat, Exported, OnExportProgress, export};
 pub use format::{Format, UnknownFormat, detect};
 pub use gc::{CollectOptions, Collected, Gc, Ledger, LedgerError, LiveRoot, MemoryLedger, Roots};
 pub use import::{ImportProgress, ImportRequest, Imported, OnImportProgress, import};
@@ -47,6 +58,7 @@ pub use objects::{
     Damage, ObjectKind, S3Options, SnapshotKey, StorageError, StoreOptions, classify, local_path, open_store,
 };
 pub use raw::next_data;
+pub use sources::{FileSource, ManifestSource};
 pub use upload::{
     ChunkSource, DEFAULT_PARALLEL, IndexedSource, OnProgress, ReadChunk, SnapshotUpload, SourceChunk, SourceError,
     UploadProgress, Uploaded,

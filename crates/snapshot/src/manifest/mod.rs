@@ -16,6 +16,7 @@ pub(crate) use load::load_root;
 pub use page::PAGE_ENTRIES;
 pub(crate) use page::{MAX_PAGE_BYTES, Page};
 pub use prefetch::{load_prefetch, store_prefetch};
+pub(crate) use root::MAX_VOLUME_BYTES;
 pub use root::{Root, RootHash};
 pub use writer::{Committed, ManifestSpec, ManifestWriter};
 
