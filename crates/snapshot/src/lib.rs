@@ -26,6 +26,8 @@ mod qcow2;
 mod raw;
 mod source;
 mod sources;
+#[cfg(test)]
+mod testing;
 mod upload;
 mod usage;
 mod verify;

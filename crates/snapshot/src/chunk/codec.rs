@@ -22,7 +22,7 @@ use crate::fields::field;
 use crate::objects::Damage;
 
 /// Bytes before the payload.
-const HEADER_BYTES: usize = 32;
+pub(crate) const HEADER_BYTES: usize = 32;
 const MAGIC: &[u8; 4] = b"HCNK";
 const VERSION: u8 = 1;
 const CODEC_PLAIN: u8 = 0;
@@ -32,8 +32,6 @@ const TAG_BYTES: usize = 16;
 const COVERED: usize = 28;
 const ZSTD_LEVEL: i32 = 1;
 
-/// No chunk is shorter.
-pub(crate) const MIN_OBJECT_BYTES: usize = HEADER_BYTES + TAG_BYTES;
 /// The largest object a chunk can be: one that does not compress is stored as it is.
 pub(crate) const MAX_OBJECT_BYTES: usize = HEADER_BYTES + CHUNK_BYTES + TAG_BYTES;
 
@@ -142,6 +140,15 @@ pub(crate) fn check(object: &[u8]) -> Result<Header, Damage> {
         return Err(Damage::Field(format!("{payload_bytes} bytes of payload for {content_bytes} bytes as they are")));
     }
     Ok(Header { codec, content_bytes, nonce: field(object, 16) })
+}
+
+/// Whether an object of `bytes` that starts with `head` is a whole chunk of this version, as far as that can be told without the
+/// rest: one whose writing was cut short is not.
+pub(crate) fn is_whole(head: &[u8], bytes: u64) -> bool {
+    head.len() == HEADER_BYTES
+        && head.starts_with(MAGIC)
+        && head.get(4) == Some(&VERSION)
+        && HEADER_BYTES as u64 + u64::from(u32::from_le_bytes(field(head, 12))) == bytes
 }
 
 /// The content of `object`, if it is the one called `name`.

@@ -10,7 +10,7 @@ use super::codec;
 use super::domain::KeyDomain;
 use super::{CHUNK_BYTES, ChunkRef};
 use crate::epoch::Epoch;
-use crate::objects::{Damage, StorageError, chunk_path, get_whole, info, put_over};
+use crate::objects::{Damage, StorageError, chunk_path, get_whole, peek, put_over};
 use crate::writer::is_zero;
 
 /// Reads and writes the chunks of one key domain. Cheap to clone. Needs a tokio runtime; hashing, compression and encryption
@@ -104,11 +104,12 @@ impl ChunkStore {
         Ok(PutOutcome::Written { chunk, stored_bytes })
     }
 
-    /// The first of `places` where a chunk stands. An object too short to be one does not count and is written again.
+    /// The first of `places` where the whole chunk stands. A stump does not count and is written again.
     async fn find(&self, places: &[ChunkRef]) -> Result<Option<ChunkRef>, StorageError> {
         let looks = places.iter().map(|place| async move {
-            let found = info(&*self.objects, &chunk_path(self.domain.id(), place)).await?;
-            Ok::<_, StorageError>(found.filter(|found| found.bytes > codec::MIN_OBJECT_BYTES as u64).map(|_| *place))
+            let path = chunk_path(self.domain.id(), place);
+            let found = peek(&*self.objects, &path, codec::HEADER_BYTES as u64).await?;
+            Ok::<_, StorageError>(found.filter(|(bytes, head)| codec::is_whole(head, *bytes)).map(|_| *place))
         });
         Ok(futures::future::try_join_all(looks).await?.into_iter().flatten().next())
     }

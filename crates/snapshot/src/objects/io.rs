@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::error::{Damage, StorageError};
 
@@ -33,6 +33,28 @@ pub(crate) async fn info(objects: &dyn ObjectStore, path: &Path) -> Result<Optio
         Ok(meta) => Ok(Some(ObjectInfo { bytes: meta.size })),
         Err(object_store::Error::NotFound { .. }) => Ok(None),
         Err(error) => Err(StorageError::objects("look for", path)(error)),
+    }
+}
+
+/// Size of the object and its first bytes (up to `length`) in one request; `None` when there is none, or an empty one.
+pub(crate) async fn peek(
+    objects: &dyn ObjectStore,
+    path: &Path,
+    length: u64,
+) -> Result<Option<(u64, Bytes)>, StorageError> {
+    let options = GetOptions { range: Some(GetRange::Bounded(0..length)), ..GetOptions::default() };
+    match objects.get_opts(path, options).await {
+        Ok(found) => {
+            let bytes = found.meta.size;
+            let head = found.bytes().await.map_err(StorageError::objects("look into", path))?;
+            Ok(Some((bytes, head)))
+        }
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        // There is no range in an empty object.
+        Err(error) => match info(objects, path).await? {
+            Some(ObjectInfo { bytes: 0 }) | None => Ok(None),
+            Some(_) => Err(StorageError::objects("look into", path)(error)),
+        },
     }
 }
 
