@@ -205,3 +205,25 @@ pub async fn listing(objects: &dyn ObjectStore) -> Vec<(String, u64)> {
     all.sort();
     all
 }
+
+/// Runs a tool of the Debian package qemu-utils, the reference of the image formats.
+pub fn qemu(program: &str, args: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(args).output();
+    let output = output.unwrap_or_else(|error| panic!("these tests need {program} (Debian package qemu-utils): {error}"));
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {args:?}: {out}{err}");
+    out.into_owned()
+}
+
+/// A sparse disk of `bytes` in `folder`: text and noise at places that cross blocks, clusters and chunks.
+pub fn sample_disk(folder: &std::path::Path, bytes: u64) -> std::path::PathBuf {
+    use std::os::unix::fs::FileExt;
+    let path = folder.join("sample.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(bytes).unwrap();
+    file.write_all_at(&noise(77, 1_300_000), 100_000).unwrap();
+    let text: Vec<u8> = b"hearth ".iter().copied().cycle().take(3 << 20).collect();
+    file.write_all_at(&text, 5_000_001).unwrap();
+    file.write_all_at(&[0xa5; 700], bytes - 700).unwrap();
+    path
+}
