@@ -21,8 +21,13 @@ fn silent() -> OnArchiveProgress {
 
 async fn disk(store: &ChunkStore, id: &str, path: &std::path::Path) -> ArchiveDisk {
     let id = SnapshotKey::new(id).unwrap();
-    let request =
-        ImportRequest { path: path.to_owned(), format: None, limits: Limits::default(), id: id.clone(), epoch: Epoch(0) };
+    let request = ImportRequest {
+        path: path.to_owned(),
+        format: None,
+        limits: Limits::default(),
+        id: id.clone(),
+        epoch: Epoch(0),
+    };
     import(store, request, Arc::new(|_| ())).await.unwrap();
     let manifest = Arc::new(Manifest::load(&**store.objects(), &id, None).await.unwrap());
     ArchiveDisk { name: format!("/dev/{id}"), store: store.clone(), manifest }
@@ -61,9 +66,16 @@ async fn an_ami_comes_back_in_another_cloud() {
     let cloud = ChunkStore::new(Arc::new(InMemory::new()), domain("elsewhere"));
     let targets = targets(&cloud, opened.header());
     let committed = opened.restore(&targets, silent()).await.unwrap();
-    assert_eq!(committed, opened.restore(&targets, silent()).await.unwrap().iter().map(|again| {
-        Committed { pages_written: 1, ..*again }
-    }).collect::<Vec<_>>());
+    assert_eq!(
+        committed,
+        opened
+            .restore(&targets, silent())
+            .await
+            .unwrap()
+            .iter()
+            .map(|again| { Committed { pages_written: 1, ..*again } })
+            .collect::<Vec<_>>()
+    );
     for ((disk, target), committed) in disks.iter().zip(&targets).zip(committed) {
         let restored = Manifest::load(&**cloud.objects(), &target.spec.id, Some(&committed.root_hash)).await.unwrap();
         assert_eq!(restored.size_bytes(), disk.manifest.size_bytes());

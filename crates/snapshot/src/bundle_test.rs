@@ -102,7 +102,12 @@ async fn a_root_device_of_another_size_or_a_bad_name_is_refused() {
     let before = listing(&objects).await;
     for (prefix, name) in [("a", ""), ("a", "x/y"), ("a", ".."), ("a/../b", "x")] {
         let source = FileSource::open(&disk).unwrap();
-        let spec = BundleSpec { prefix: prefix.into(), name: name.into(), disk_bytes: 12 << 20, attributes: Default::default() };
+        let spec = BundleSpec {
+            prefix: prefix.into(),
+            name: name.into(),
+            disk_bytes: 12 << 20,
+            attributes: Default::default(),
+        };
         let error = write_bundle(&objects, spec, &source, silent()).await.unwrap_err();
         assert!(matches!(error, StorageError::Usage(_)), "{error}");
     }

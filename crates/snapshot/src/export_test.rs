@@ -10,8 +10,13 @@ use crate::testing::{domain, memory_store, qemu, sample_disk};
 
 async fn imported(store: &ChunkStore, path: &Path) -> Manifest {
     let id = SnapshotKey::new("snap-1").unwrap();
-    let request =
-        ImportRequest { path: path.to_owned(), format: None, limits: Limits::default(), id: id.clone(), epoch: Epoch(0) };
+    let request = ImportRequest {
+        path: path.to_owned(),
+        format: None,
+        limits: Limits::default(),
+        id: id.clone(),
+        epoch: Epoch(0),
+    };
     import(store, request, Arc::new(|_| ())).await.unwrap();
     Manifest::load(&**store.objects(), &id, None).await.unwrap()
 }
@@ -76,6 +81,9 @@ async fn a_damaged_chunk_leaves_no_file() {
         assert!(matches!(error, StorageError::Missing { .. }), "{error}");
     }
     let other = ChunkStore::new(store.objects().clone(), domain("other"));
-    assert!(matches!(export(&other, &manifest, &out, ExportFormat::Raw, silent()).await, Err(StorageError::KeyDomain { .. })));
+    assert!(matches!(
+        export(&other, &manifest, &out, ExportFormat::Raw, silent()).await,
+        Err(StorageError::KeyDomain { .. })
+    ));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "only the sample");
 }

@@ -53,7 +53,8 @@ async fn every_format_becomes_the_same_snapshot() {
         let seen = Arc::new(SyncMutex::new(ImportProgress::default()));
         let tell = seen.clone();
         let id = format!("snap-{number}");
-        let imported = import(&store, request(image, &id), Arc::new(move |progress| *tell.lock() = progress)).await.unwrap();
+        let imported =
+            import(&store, request(image, &id), Arc::new(move |progress| *tell.lock() = progress)).await.unwrap();
         assert_eq!(imported.virtual_bytes, expected.len() as u64);
         assert_eq!(content(&store, &id).await, expected, "{}", image.display());
         let progress = *seen.lock();

@@ -209,7 +209,8 @@ pub async fn listing(objects: &dyn ObjectStore) -> Vec<(String, u64)> {
 /// Runs a tool of the Debian package qemu-utils, the reference of the image formats.
 pub fn qemu(program: &str, args: &[&str]) -> String {
     let output = std::process::Command::new(program).args(args).output();
-    let output = output.unwrap_or_else(|error| panic!("these tests need {program} (Debian package qemu-utils): {error}"));
+    let output =
+        output.unwrap_or_else(|error| panic!("these tests need {program} (Debian package qemu-utils): {error}"));
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {args:?}: {out}{err}");
     out.into_owned()

@@ -68,7 +68,8 @@ async fn an_incremental_upload_writes_what_changed_and_nothing_else() {
         .run(&source(&dirty))
         .await
         .unwrap();
-    let UploadProgress { chunks_zero, chunks_unchanged, chunks_found, chunks_written, stored_bytes, .. } = second.chunks;
+    let UploadProgress { chunks_zero, chunks_unchanged, chunks_found, chunks_written, stored_bytes, .. } =
+        second.chunks;
     assert_eq!((chunks_zero, chunks_unchanged, chunks_found, chunks_written), (2, 1, 0, 1));
     assert_eq!(second.manifest.pages_written, 2);
     assert_eq!(seen.lock().last(), Some(&100));
@@ -77,8 +78,12 @@ async fn an_incremental_upload_writes_what_changed_and_nothing_else() {
     assert_eq!(content(&store, &child), visible(&model));
     assert_eq!(child.root().parent.as_ref(), Some(parent.id()));
     assert_eq!(changed(&parent, &child).iter().map(|change| change.index).collect::<Vec<_>>(), [100, 200, 3000]);
-    let added: Vec<_> = listing(&**store.objects()).await.into_iter().filter(|object| !before.contains(object)).collect();
-    assert_eq!(added.iter().filter(|(path, _)| path.starts_with("chunk/")).map(|(_, size)| size).sum::<u64>(), stored_bytes);
+    let added: Vec<_> =
+        listing(&**store.objects()).await.into_iter().filter(|object| !before.contains(object)).collect();
+    assert_eq!(
+        added.iter().filter(|(path, _)| path.starts_with("chunk/")).map(|(_, size)| size).sum::<u64>(),
+        stored_bytes
+    );
     assert_eq!(added.len(), 1 + 2 + 1, "a chunk, two pages, a root: {added:?}");
 }
 
@@ -142,7 +147,10 @@ async fn an_upload_may_die_anywhere_and_be_done_again() {
         async move {
             let store = ChunkStore::new(objects, domain("test"));
             let parent = Arc::new(load(&store, "snap-1").await?);
-            SnapshotUpload::new(store, spec("snap-2", 2200, 4), Some(parent)).with_parallel(2).run(&source(&dirty)).await
+            SnapshotUpload::new(store, spec("snap-2", 2200, 4), Some(parent))
+                .with_parallel(2)
+                .run(&source(&dirty))
+                .await
         }
     };
     let whole = prepare().await;
@@ -155,10 +163,15 @@ async fn an_upload_may_die_anywhere_and_be_done_again() {
         for fault in [Fault::Refused, Fault::LostAck, Fault::Torn, Fault::DeathBefore, Fault::DeathAfter] {
             let objects = prepare().await;
             // A root is published atomically by every store that is supported.
-            let torn_root = move |path: &object_store::path::Path| fault == Fault::Torn && path.as_ref().ends_with("/root");
-            let faulty = FaultStore::new(objects.clone(), move |number, path| {
-                if number == call && !torn_root(path) { fault } else { Fault::None }
-            });
+            let torn_root =
+                move |path: &object_store::path::Path| fault == Fault::Torn && path.as_ref().ends_with("/root");
+            let faulty =
+                FaultStore::new(
+                    objects.clone(),
+                    move |number, path| {
+                        if number == call && !torn_root(path) { fault } else { Fault::None }
+                    },
+                );
             let died = attempt(faulty).await;
             let store = ChunkStore::new(objects.clone(), domain("test"));
             match load(&store, "snap-2").await {

@@ -115,5 +115,8 @@ async fn usage_counts_everything_once() {
     let hashed = UsageOf { objects: 6, bytes: used.chunks.bytes + used.pages.bytes };
     assert_eq!(used.by_domain, [("test".to_owned(), hashed)].into());
     assert_eq!(used.by_epoch, [(Epoch(0), hashed)].into());
-    assert_eq!(all.iter().map(|(_, size)| size).sum::<u64>(), hashed.bytes + used.roots.bytes + used.prefetch.bytes + 5);
+    assert_eq!(
+        all.iter().map(|(_, size)| size).sum::<u64>(),
+        hashed.bytes + used.roots.bytes + used.prefetch.bytes + 5
+    );
 }

@@ -46,10 +46,10 @@ pub struct RestoreDisk {
 /// Reads the header of the archive `path`.
 pub async fn open_archive(objects: Arc<dyn ObjectStore>, path: &str) -> Result<OpenedArchive, StorageError> {
     let path = Path::parse(path).map_err(|error| StorageError::Usage(error.to_string()))?;
-    let bytes = objects.head(&path).await.map_err(StorageError::objects("read", &path))?.size;
+    let bytes = objects.head(&path).await.map_err(StorageError::reading(&path))?.size;
     let read = async |range: Range<u64>| {
         let range = range.start..range.end.min(bytes);
-        objects.get_range(&path, range).await.map_err(StorageError::objects("read", &path))
+        objects.get_range(&path, range).await.map_err(StorageError::reading(&path))
     };
     let damaged = StorageError::damaged;
     if bytes < FIXED_BYTES as u64 {
@@ -205,7 +205,7 @@ impl OpenedArchive {
             let range = start..(start + WINDOW).min(self.bytes);
             let expected = range.end - range.start;
             let window = self.objects.get_range(&self.path, range).await;
-            let window = window.map_err(StorageError::objects("read", &self.path))?;
+            let window = window.map_err(StorageError::reading(&self.path))?;
             if window.len() as u64 != expected {
                 return Err(self.damaged(Damage::Size { expected, found: window.len() as u64 }));
             }

@@ -44,7 +44,10 @@ fn what_does_not_compress_is_stored_as_it_is_and_text_is_not() {
 fn the_format_does_not_change() {
     let (_, name, object) = encoded(&noise(5, 100));
     assert_eq!(name.to_string(), "d81550486fc206cbd780ba8056f12c6678a558d7a8238a28e3f4c998a44d2a1d");
-    assert_eq!(blake3::hash(&object).to_hex().as_str(), "611d3f75fc38316233de0c477f43c3ce0988a2140713151d483aed5d305a123a");
+    assert_eq!(
+        blake3::hash(&object).to_hex().as_str(),
+        "611d3f75fc38316233de0c477f43c3ce0988a2140713151d483aed5d305a123a"
+    );
     assert_eq!(&object[..16], b"HCNK\x01\0\0\0\x64\0\0\0\x74\0\0\0");
 }
 

@@ -16,7 +16,10 @@ async fn chunks_are_stored_once_and_read_back() {
     let first = store.put(Epoch(5), text(1), None).await.unwrap();
     let PutOutcome::Written { chunk, stored_bytes } = first else { panic!("{first:?}") };
     assert_eq!(store.get_chunk(&chunk).await.unwrap(), text(1));
-    assert_eq!(listing(&**store.objects()).await, [(chunk_path(store.domain().id(), &chunk).to_string(), stored_bytes)]);
+    assert_eq!(
+        listing(&**store.objects()).await,
+        [(chunk_path(store.domain().id(), &chunk).to_string(), stored_bytes)]
+    );
     assert_eq!(store.put(Epoch(5), text(1), None).await.unwrap(), PutOutcome::Found(chunk));
     assert_eq!(store.put(Epoch(5), text(0), Some(chunk)).await.unwrap(), PutOutcome::Zero);
     assert_eq!(store.put_chunk(Epoch(5), text(0)).await.unwrap(), None);
@@ -69,7 +72,9 @@ async fn damage_missing_objects_and_giants_are_told_apart() {
     let whole = store.objects().get(&path).await.unwrap().bytes().await.unwrap();
     let mut changed = whole.to_vec();
     changed[1000] ^= 1;
-    for (content, sign) in [(changed, "checksum"), (vec![0; 2 << 20], "bytes instead of"), (whole[..40].to_vec(), "bytes")] {
+    for (content, sign) in
+        [(changed, "checksum"), (vec![0; 2 << 20], "bytes instead of"), (whole[..40].to_vec(), "bytes")]
+    {
         store.objects().put(&path, content.into()).await.unwrap();
         let error = store.get_chunk(&chunk).await.unwrap_err();
         assert!(matches!(error, StorageError::Damaged { .. }) && !error.is_transient(), "{error}");
@@ -96,7 +101,8 @@ async fn a_stump_of_a_chunk_is_written_again() {
 #[tokio::test]
 async fn faults_of_the_store_are_errors_and_the_next_attempt_succeeds() {
     for fault in [Fault::Refused, Fault::LostAck, Fault::Torn] {
-        let faulty = FaultStore::new(Arc::new(InMemory::new()), move |call, _| if call == 2 { fault } else { Fault::None });
+        let faulty =
+            FaultStore::new(Arc::new(InMemory::new()), move |call, _| if call == 2 { fault } else { Fault::None });
         let store = ChunkStore::new(faulty, domain("test"));
         let content: Bytes = noise(1, CHUNK_BYTES).into();
         // At epoch 1 two places are looked at, then the object is put.

@@ -114,7 +114,10 @@ async fn runs_without_hurry_take_three_epochs() {
     cloud.ledger.delete(&key(0));
     for run in 1..=3 {
         let collected = cloud.collect(CollectOptions::default()).await.unwrap();
-        assert_eq!((collected.epoch, collected.chunks, collected.pages), (Epoch(run), u64::from(run == 3), u64::from(run == 3)));
+        assert_eq!(
+            (collected.epoch, collected.chunks, collected.pages),
+            (Epoch(run), u64::from(run == 3), u64::from(run == 3))
+        );
     }
     assert_eq!(listing(&*cloud.objects).await, []);
 }
@@ -186,7 +189,13 @@ async fn nothing_is_deleted_while_a_live_manifest_cannot_be_read() {
 #[tokio::test]
 async fn foreign_objects_are_left_alone() {
     let cloud = Cloud::new();
-    for path in ["bundle/x.manifest.json", "chunk/README", "chunk/test/00000000/ab/notahash", "snap/some-id/notes", "snap/readme"] {
+    for path in [
+        "bundle/x.manifest.json",
+        "chunk/README",
+        "chunk/test/00000000/ab/notahash",
+        "snap/some-id/notes",
+        "snap/readme",
+    ] {
         cloud.objects.put(&Path::from(path), PutPayload::from_static(b"mine")).await.unwrap();
     }
     let before = listing(&*cloud.objects).await;
@@ -203,8 +212,12 @@ async fn a_local_store_loses_the_files_of_interrupted_writes() {
     cloud.snapshot(0, None, [(0, 1)].into()).await;
     cloud.snapshot(1, None, [(0, 1), (1, 2)].into()).await;
     let chunk = listing(&*cloud.objects).await.into_iter().find(|(path, _)| path.starts_with("chunk/")).unwrap().0;
-    let leftovers =
-        [format!("{chunk}#1"), "snap/snap-0/root#12".into(), "chunk/test/00000009/ab/cd#1".into(), "snap/snap-2/root#1".into()];
+    let leftovers = [
+        format!("{chunk}#1"),
+        "snap/snap-0/root#12".into(),
+        "chunk/test/00000009/ab/cd#1".into(),
+        "snap/snap-2/root#1".into(),
+    ];
     for leftover in &leftovers {
         let path = folder.path().join(leftover);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -232,11 +245,19 @@ async fn a_local_store_loses_the_files_of_interrupted_writes() {
 #[derive(Clone, Debug)]
 enum Step {
     /// Opens the next id on a live parent, if any, and uploads.
-    Open { parent: Option<usize>, dirty: Model },
+    Open {
+        parent: Option<usize>,
+        dirty: Model,
+    },
     /// Closes the oldest open upload.
-    Close { success: bool },
+    Close {
+        success: bool,
+    },
     Delete(usize),
-    Collect { now: bool, dies_at: Option<u64> },
+    Collect {
+        now: bool,
+        dies_at: Option<u64>,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -279,10 +300,9 @@ proptest! {
                             live.insert(number, model);
                         }
                     }
-                    Step::Delete(number) => {
-                        if live.remove(&number).is_some() {
-                            cloud.ledger.delete(&key(number));
-                        }
+                    Step::Delete(number) if live.contains_key(&number) => {
+                        live.remove(&number);
+                        cloud.ledger.delete(&key(number));
                     }
                     Step::Collect { now, dies_at } => {
                         let faulty = FaultStore::new(cloud.objects.clone(), move |call, _| {

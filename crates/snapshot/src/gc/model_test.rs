@@ -46,13 +46,24 @@ const FREE: Slot = Slot { phase: Phase::Free, epoch: 0, parent: NOBODY, refs: 0,
 enum Collector {
     Idle,
     /// Has read the current epoch.
-    Epoch { epoch: u8 },
+    Epoch {
+        epoch: u8,
+    },
     /// Has listed the roots in the store.
-    Seen { epoch: u8, seen: u8 },
+    Seen {
+        epoch: u8,
+        seen: u8,
+    },
     /// Has read the ledger and marked.
-    Sweeping { epoch: u8, marked: u8, dead: u8 },
+    Sweeping {
+        epoch: u8,
+        marked: u8,
+        dead: u8,
+    },
     /// Only with the wrong order: has read the ledger first.
-    MarkedFirst { marked: u8 },
+    MarkedFirst {
+        marked: u8,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -193,11 +204,7 @@ impl State {
                 to(Collector::Seen { epoch, seen: self.known(rules) });
             }
             Collector::Seen { epoch, seen } => {
-                let dead = if rules.list_before_ledger {
-                    seen & !self.known(rules)
-                } else {
-                    self.roots() & !seen
-                };
+                let dead = if rules.list_before_ledger { seen & !self.known(rules) } else { self.roots() & !seen };
                 to(Collector::Sweeping { epoch, marked: self.marked(rules), dead });
             }
             Collector::Sweeping { epoch, marked, dead } => {
@@ -241,7 +248,8 @@ impl State {
             NOBODY => slot,
             parent => Slot { parent: place(parent.into()), ..slot },
         });
-        let moved = (0..SLOTS).filter(|old| slots_of_collector & 1 << old != 0).fold(0, |new, old| new | 1 << place(old));
+        let moved =
+            (0..SLOTS).filter(|old| slots_of_collector & 1 << old != 0).fold(0, |new, old| new | 1 << place(old));
         match &mut self.collector {
             Collector::Seen { seen: slots, .. } | Collector::Sweeping { dead: slots, .. } => *slots = moved,
             _ => {}

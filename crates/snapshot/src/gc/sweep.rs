@@ -46,7 +46,9 @@ impl Sweep<'_> {
         roots: &Roots,
         collected: &mut Collected,
     ) -> Result<(), StorageError> {
-        for id in seen.iter().filter(|id| !is_known(roots, id)) {
+        let live = roots.live.iter().map(|root| &root.id);
+        let known: HashSet<&SnapshotKey> = roots.open.iter().chain(live).collect();
+        for id in seen.iter().filter(|id| !known.contains(id)) {
             let prefix = snapshot_path(id);
             let dead = self.objects.list(Some(&prefix)).try_collect::<Vec<_>>().await;
             let dead: Vec<ObjectMeta> = dead
@@ -158,10 +160,6 @@ impl Sweep<'_> {
         collected.bytes += bytes;
         Ok(())
     }
-}
-
-fn is_known(roots: &Roots, id: &SnapshotKey) -> bool {
-    roots.open.contains(id) || roots.live.iter().any(|root| root.id == *id)
 }
 
 fn is_leftover(name: &str) -> bool {

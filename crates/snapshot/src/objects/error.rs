@@ -143,14 +143,21 @@ pub enum StorageError {
 }
 
 impl StorageError {
+    /// A call on one object or listing failed.
     pub(crate) fn objects(
         action: &'static str,
         path: &object_store::path::Path,
     ) -> impl FnOnce(object_store::Error) -> Self {
         let path = path.to_string();
+        move |source| Self::Objects { action, path, source }
+    }
+
+    /// Reading an object failed; that it is not there has its own kind.
+    pub(crate) fn reading(path: &object_store::path::Path) -> impl FnOnce(object_store::Error) -> Self {
+        let path = path.to_string();
         move |source| match source {
             object_store::Error::NotFound { .. } => Self::Missing { path },
-            source => Self::Objects { action, path, source },
+            source => Self::Objects { action: "read", path, source },
         }
     }
 

@@ -15,12 +15,12 @@ pub(crate) struct ObjectInfo {
 
 /// The whole object, refused when it is larger than `limit` bytes: a foreign object must not fill the memory.
 pub(crate) async fn get_whole(objects: &dyn ObjectStore, path: &Path, limit: u64) -> Result<Bytes, StorageError> {
-    let found = objects.get(path).await.map_err(StorageError::objects("read", path))?;
+    let found = objects.get(path).await.map_err(StorageError::reading(path))?;
     let bytes = found.meta.size;
     if bytes > limit {
         return Err(StorageError::damaged(path)(Damage::Size { expected: limit, found: bytes }));
     }
-    let content = found.bytes().await.map_err(StorageError::objects("read", path))?;
+    let content = found.bytes().await.map_err(StorageError::reading(path))?;
     if content.len() as u64 != bytes {
         return Err(StorageError::damaged(path)(Damage::Size { expected: bytes, found: content.len() as u64 }));
     }
