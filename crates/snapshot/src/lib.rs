@@ -24,6 +24,8 @@ mod manifest;
 mod objects;
 mod qcow2;
 mod raw;
+#[cfg(test)]
+mod send_test;
 mod source;
 mod sources;
 #[cfg(test)]

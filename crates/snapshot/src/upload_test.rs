@@ -103,6 +103,22 @@ async fn a_volume_of_another_key_domain_is_no_parent() {
 }
 
 #[tokio::test]
+async fn a_copy_into_another_key_domain_is_whole_and_shares_nothing() {
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let a = ChunkStore::new(objects.clone(), domain("a"));
+    let b = ChunkStore::new(objects.clone(), domain("b"));
+    let model: Model = [(0, 1), (7, 2), (1500, 3)].into();
+    SnapshotUpload::new(a.clone(), spec("snap-1", 2000, 0), None).run(&source(&model)).await.unwrap();
+    let original = Arc::new(load(&a, "snap-1").await.unwrap());
+    let from = crate::sources::ManifestSource::new(a, original.clone()).unwrap();
+    let copied = SnapshotUpload::new(b.clone(), spec("snap-2", 2000, 0), None).run(&from).await.unwrap();
+    assert_eq!((copied.chunks.chunks_written, copied.chunks.percent()), (3, 100));
+    let copy = load(&b, "snap-2").await.unwrap();
+    assert_eq!(content(&b, &copy), model);
+    assert_eq!(changed(&original, &copy).len(), 3, "nobody can tell that they are the same");
+}
+
+#[tokio::test]
 async fn one_id_has_one_content() {
     let store = memory_store();
     let upload = |seed| {

@@ -116,19 +116,22 @@ impl Output<'_> {
         let crc = crc32c::crc32c(&head);
         head.extend_from_slice(&crc.to_le_bytes());
         self.put(&head).await?;
-        let entries = disks.iter().enumerate().flat_map(|(number, disk)| {
-            disk.manifest.entries().map(move |(index, chunk)| (number as u16, disk, index, chunk))
-        });
-        let records = entries.map(|(number, disk, index, chunk)| async move {
-            let content = disk.store.get_chunk(&chunk).await?;
-            Ok::<_, StorageError>(spawn_blocking(move || encode_chunk(number, index, &content)).await?)
-        });
-        let mut records = futures::stream::iter(records).buffered(DEFAULT_PARALLEL);
         let mut done = 0;
-        while let Some(record) = records.try_next().await? {
-            self.put(&record).await?;
-            done += 1;
-            progress(done, total);
+        for (number, disk) in disks.iter().enumerate() {
+            let store = disk.store.clone();
+            let records = disk.manifest.entries().map(|(index, chunk)| {
+                let store = store.clone();
+                async move {
+                    let content = store.get_chunk(&chunk).await?;
+                    Ok::<_, StorageError>(spawn_blocking(move || encode_chunk(number as u16, index, &content)).await?)
+                }
+            });
+            let mut records = futures::stream::iter(records).buffered(DEFAULT_PARALLEL);
+            while let Some(record) = records.try_next().await? {
+                self.put(&record).await?;
+                done += 1;
+                progress(done, total);
+            }
         }
         let end = encode_end(done, self.hash.finalize().as_bytes());
         self.put(&end).await

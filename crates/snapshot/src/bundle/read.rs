@@ -60,15 +60,13 @@ pub async fn restore_bundle(
     }
     file.set_len(disk_bytes).map_err(StorageError::io("set the size of", name))?;
     let total: u64 = manifest.parts.iter().map(|part| part.bytes).sum();
-    let parts = manifest.parts.iter().map(|part| {
+    let parts = manifest.parts.clone().into_iter().map(|part| {
         let (file, path) = (file.clone(), folder.clone().join(part.object.as_str()));
         async move {
             let content = get_whole(objects, &path, part.bytes).await?;
-            let writing = part.clone();
-            spawn_blocking(move || write_part(&file, &writing, &content))
-                .await?
-                .map_err(|error| error.of_part(&path))?;
-            Ok::<u64, StorageError>(part.bytes)
+            let bytes = part.bytes;
+            spawn_blocking(move || write_part(&file, &part, &content)).await?.map_err(|error| error.of_part(&path))?;
+            Ok::<u64, StorageError>(bytes)
         }
     });
     let mut parts = futures::stream::iter(parts).buffer_unordered(PARALLEL_PARTS);

@@ -242,6 +242,88 @@ async fn a_local_store_loses_the_files_of_interrupted_writes() {
     cloud.assert_reads(1, &[(0, 1), (1, 2)].into()).await;
 }
 
+/// Uploads, deletions and two collectors, all at the same time on all threads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn collectors_and_uploads_at_the_same_time_lose_nothing() {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    let cloud = Arc::new(Cloud::new());
+    let (next, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let uploaders: Vec<_> = (0..3usize)
+        .map(|uploader| {
+            let (cloud, next) = (cloud.clone(), next.clone());
+            tokio::spawn(async move {
+                // Snapshot, what it must read as.
+                let mut live: Vec<(usize, Model)> = Vec::new();
+                for round in 0..40usize {
+                    let number = next.fetch_add(1, Ordering::SeqCst);
+                    let parent = live.last().filter(|_| round % 5 != 0).cloned();
+                    let epoch =
+                        cloud.ledger.open(&key(number), parent.as_ref().map(|(id, _)| key(*id)).as_ref()).unwrap();
+                    // The same few contents again and again: what one deletes another finds.
+                    let seed = (round / 4 + uploader) as u64 % 6;
+                    let dirty: Model = [(round as u64 % 7, seed), (1100, 1 + round as u64 % 3)].into();
+                    let mut model = parent.as_ref().map(|(_, model)| model.clone()).unwrap_or_default();
+                    // The parent may be deleted while it is needed.
+                    if let Some((id, _)) = parent.as_ref().filter(|_| round % 3 == 0) {
+                        cloud.ledger.delete(&key(*id));
+                        live.retain(|(other, _)| other != id);
+                    }
+                    let manifest = cloud.write(number, epoch, parent.map(|(id, _)| id), dirty.clone()).await;
+                    model.extend(dirty);
+                    let completed = round % 4 != 3;
+                    cloud.ledger.close(&key(number), completed.then(|| manifest.root_hash()));
+                    if completed {
+                        live.push((number, model));
+                    }
+                    if live.len() > 4 {
+                        cloud.ledger.delete(&key(live.remove(0).0));
+                    }
+                    if let Some((number, model)) = live.first() {
+                        cloud.assert_reads(*number, model).await;
+                    }
+                }
+                live
+            })
+        })
+        .collect();
+    let collectors: Vec<_> = (0..2)
+        .map(|_| {
+            let (cloud, done) = (cloud.clone(), done.clone());
+            tokio::spawn(async move {
+                let mut deleted = 0;
+                while !done.load(Ordering::SeqCst) {
+                    match cloud.collect(now()).await {
+                        Ok(collected) => deleted += collected.chunks,
+                        // The other one deleted the root of a snapshot that was live a moment ago: nothing is deleted on that ground.
+                        Err(StorageError::Missing { path }) => {
+                            assert!(path.starts_with("snap/") || path.starts_with("page/"), "{path}")
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                    tokio::task::yield_now().await;
+                }
+                deleted
+            })
+        })
+        .collect();
+    let mut live = Vec::new();
+    for uploader in uploaders {
+        live.extend(uploader.await.unwrap());
+    }
+    done.store(true, Ordering::SeqCst);
+    let mut deleted = 0;
+    for collector in collectors {
+        deleted += collector.await.unwrap();
+    }
+    assert!(deleted > 0, "the collectors had nothing to do");
+    for (number, model) in &live {
+        cloud.assert_reads(*number, model).await;
+        cloud.ledger.delete(&key(*number));
+    }
+    cloud.collect(now()).await.unwrap();
+    assert_eq!(listing(&*cloud.objects).await, []);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     /// Opens the next id on a live parent, if any, and uploads.

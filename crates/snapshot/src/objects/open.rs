@@ -94,7 +94,8 @@ fn open_s3(url: &Url, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>, St
     let mut client = ClientOptions::new()
         .with_allow_http(s3.allow_http)
         .with_connect_timeout(Duration::from_secs(10))
-        .with_timeout(Duration::from_secs(60));
+        // 10 MiB on a line of 1 Mbit/s.
+        .with_timeout(Duration::from_secs(120));
     if let Some(pem) = &s3.ca_pem {
         for certificate in Certificate::from_pem_bundle(pem).map_err(|error| error.to_string())? {
             client = client.with_root_certificate(certificate);
