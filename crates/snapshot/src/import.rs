@@ -214,9 +214,15 @@ impl ChunkSource for ImportSource {
                 *receiver = None;
                 Ok(None)
             }
-            Some(Item::Failed(error)) => Err(Box::new(error)),
+            Some(Item::Failed(error)) => {
+                *receiver = None;
+                Err(Box::new(error))
+            }
             // Only the end marker says that the disk was read to its end.
-            None => Err("the image's reader died".into()),
+            None => {
+                *receiver = None;
+                Err("the image's reader died".into())
+            }
         }
     }
 

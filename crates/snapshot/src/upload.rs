@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::TryStreamExt;
 use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 
 use crate::chunk::{ChunkRef, ChunkStore, PutOutcome};
@@ -18,7 +20,7 @@ use crate::objects::StorageError;
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Chunks worked on at a time when nothing else is said: enough to hide 20 ms of a store's latency behind each other.
-pub const DEFAULT_PARALLEL: usize = 16;
+pub const DEFAULT_PARALLEL: usize = 32;
 
 /// A chunk of the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -214,8 +216,7 @@ impl SnapshotUpload {
             parent.check_domain(&self.store)?;
         }
         let counters = Counters::default();
-        let workers = (0..self.parallel).map(|_| self.work(source, &manifest, &counters));
-        futures::future::try_join_all(workers).await?;
+        all_of((0..self.parallel).map(|_| self.work(source, &manifest, &counters))).await?;
         let manifest = manifest.into_inner().commit(&self.store).await?;
         Ok(Uploaded { manifest, chunks: counters.progress(source.total()) })
     }
@@ -242,6 +243,15 @@ impl SnapshotUpload {
         }
         Ok(())
     }
+}
+
+/// Runs all `workers` at the same time and ends with the first error of any, whichever worker it is.
+pub(crate) async fn all_of(
+    workers: impl Iterator<Item = impl Future<Output = Result<(), StorageError>>>,
+) -> Result<(), StorageError> {
+    let mut workers: FuturesUnordered<_> = workers.collect();
+    while workers.try_next().await?.is_some() {}
+    Ok(())
 }
 
 #[cfg(test)]

@@ -146,6 +146,18 @@ async fn a_source_that_fails_publishes_nothing() {
     assert!(matches!(upload.run(&source(&[(4, 1)].into())).await, Err(StorageError::Usage(_))));
 }
 
+/// The first error ends an upload, whichever worker meets it: the others do not read on to the end.
+#[tokio::test]
+async fn one_failed_chunk_ends_the_upload_at_once() {
+    let faulty =
+        FaultStore::new(Arc::new(InMemory::new()), |call, _| if call == 60 { Fault::Refused } else { Fault::None });
+    let store = ChunkStore::new(faulty.clone(), domain("test"));
+    let read: ReadChunk = Box::new(|index| Box::pin(async move { Ok(Some(chunk(index + 1))) }));
+    let upload = SnapshotUpload::new(store, spec("snap-1", 2000, 0), None);
+    upload.run(&IndexedSource::new(0..2000, read)).await.unwrap_err();
+    assert!(faulty.calls() < 400, "{} calls", faulty.calls());
+}
+
 /// Dies at every single call to the store, before and after it is done; then the same upload is done again.
 #[tokio::test]
 async fn an_upload_may_die_anywhere_and_be_done_again() {

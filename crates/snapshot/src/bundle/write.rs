@@ -8,17 +8,20 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
+use tokio::sync::{Mutex as AsyncMutex, mpsc};
 use tokio::task::spawn_blocking;
 
 use super::OnBundleProgress;
 use super::manifest::{BundleManifest, BundlePart, CODEC, FORMAT, PART_BYTES, VERSION};
 use crate::chunk::CHUNK_BYTES;
 use crate::objects::{StorageError, put_over};
-use crate::upload::{ChunkSource, SourceChunk};
+use crate::upload::{ChunkSource, SourceChunk, all_of};
 use crate::writer::is_zero;
 
 /// Parts made at a time.
 const PARALLEL_PARTS: usize = 3;
+/// Chunks read at a time.
+const PARALLEL_READS: usize = 16;
 const BLOCK: usize = 4096;
 const ZSTD_LEVEL: i32 = 3;
 /// A part is closed when another chunk, not compressing at all, might not fit any more.
@@ -72,7 +75,13 @@ pub async fn write_bundle(
         parts: Mutex::new(Vec::new()),
         progress,
     };
-    futures::future::try_join_all((0..PARALLEL_PARTS).map(|_| shared.pack())).await?;
+    // Readers hide the source's latency, packers use the processors.
+    let (sender, receiver) = mpsc::channel(PARALLEL_READS);
+    let receiver = AsyncMutex::new(receiver);
+    let reads = (0..PARALLEL_READS).map(|_| read(source, sender.clone())).collect::<Vec<_>>();
+    drop(sender);
+    let packs = all_of((0..PARALLEL_PARTS).map(|_| shared.pack(&receiver)));
+    futures::future::try_join(all_of(reads.into_iter()), packs).await?;
     let mut parts = shared.parts.into_inner();
     parts.sort_by(|a: &BundlePart, b| a.object.cmp(&b.object));
     let manifest = BundleManifest {
@@ -93,6 +102,17 @@ pub async fn write_bundle(
     Ok(Bundled { location: location.to_string(), manifest_sha256, manifest })
 }
 
+/// Hands on what the source hands out.
+async fn read(source: &dyn ChunkSource, sender: mpsc::Sender<SourceChunk>) -> Result<(), StorageError> {
+    while let Some(chunk) = source.next().await.map_err(|source| StorageError::Source { source })? {
+        // Nobody listens when a packer failed, and then that is the error to tell.
+        if sender.send(chunk).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 struct Shared<'a> {
     objects: &'a dyn ObjectStore,
     folder: &'a Path,
@@ -106,10 +126,13 @@ struct Shared<'a> {
 }
 
 impl Shared<'_> {
-    async fn pack(&self) -> Result<(), StorageError> {
+    async fn pack(&self, chunks: &AsyncMutex<mpsc::Receiver<SourceChunk>>) -> Result<(), StorageError> {
         let mut packer: Option<Packer> = None;
-        let failed = |source| StorageError::Source { source };
-        while let Some(SourceChunk { index, content }) = self.source.next().await.map_err(failed)? {
+        loop {
+            let next = chunks.lock().await.recv().await;
+            let Some(SourceChunk { index, content }) = next else {
+                break;
+            };
             let Some(content) = content else {
                 continue;
             };

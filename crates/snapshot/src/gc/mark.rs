@@ -49,10 +49,8 @@ pub(crate) async fn mark(
 ) -> Result<Marked, StorageError> {
     let mut marked = Marked::default();
     let mut fresh = Vec::new();
-    let reads = roots
-        .to_vec()
-        .into_iter()
-        .map(|root| async move { load_root(objects, &root.id, root.root_hash.as_ref()).await });
+    let reads =
+        roots.iter().cloned().map(|root| async move { load_root(objects, &root.id, root.root_hash.as_ref()).await });
     let mut reads = futures::stream::iter(reads).buffer_unordered(PARALLEL);
     while let Some((root, _)) = reads.try_next().await? {
         let needed = marked.domains.entry(root.domain.clone()).or_default();
