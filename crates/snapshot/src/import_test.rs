@@ -149,7 +149,7 @@ enum Piece {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(crate::testing::cases(64))]
 
     /// Data and holes of any length are cut into the right chunks.
     #[test]

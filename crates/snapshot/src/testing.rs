@@ -18,6 +18,15 @@ use object_store::{
 
 use crate::chunk::{CHUNK_BYTES, ChunkStore, KeyDomain, KeyDomainId};
 
+/// `usual` cases of a slow property, or as many as PROPTEST_CASES says.
+pub fn cases(usual: u32) -> proptest::test_runner::Config {
+    let config = proptest::test_runner::Config::default();
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => config,
+        None => proptest::test_runner::Config { cases: usual, ..config },
+    }
+}
+
 /// The same noise for the same seed.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

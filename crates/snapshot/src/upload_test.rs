@@ -237,7 +237,7 @@ fn steps() -> impl Strategy<Value = Vec<(u64, Model)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::testing::cases(48))]
 
     /// A chain of snapshots, each on the one before, grown and cut, against a map.
     #[test]

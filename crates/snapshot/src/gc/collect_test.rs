@@ -242,6 +242,24 @@ async fn a_local_store_loses_the_files_of_interrupted_writes() {
     cloud.assert_reads(1, &[(0, 1), (1, 2)].into()).await;
 }
 
+/// Folders vanish under the listing as they become empty.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_objects_go_from_a_local_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let objects = crate::open_store(&format!("file://{}", folder.path().display()), &Default::default()).unwrap();
+    let cloud = Cloud { objects, ledger: Arc::default() };
+    for number in 0..3500u32 {
+        let hash = blake3::hash(&number.to_le_bytes()).to_hex();
+        let shard = folder.path().join("chunk/test/00000000").join(&hash[..2]);
+        std::fs::create_dir_all(&shard).unwrap();
+        std::fs::write(shard.join(hash.as_str()), b"x").unwrap();
+    }
+    let (one, other) = tokio::join!(cloud.collect(now()), cloud.collect(now()));
+    assert!(one.unwrap().chunks + other.unwrap().chunks >= 3500);
+    assert_eq!(listing(&*cloud.objects).await, []);
+    assert!(!folder.path().join("chunk/test/00000000").exists());
+}
+
 /// Uploads, deletions and two collectors, all at the same time on all threads.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn collectors_and_uploads_at_the_same_time_lose_nothing() {
@@ -353,7 +371,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(crate::testing::cases(200))]
 
     /// Uploads, deletions and collectors that die, in any order: what is live can be read, and in the end nothing is left.
     #[test]

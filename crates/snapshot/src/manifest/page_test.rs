@@ -61,7 +61,7 @@ fn damage_says_what_it_is() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(crate::testing::cases(64))]
 
     #[test]
     fn entries_come_back(entries in proptest::collection::btree_map(0usize..PAGE_ENTRIES, chunk_ref(), 0..60)) {

@@ -142,3 +142,7 @@ fn open_s3(url: &Url, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>, St
     let prefix = object_store::path::Path::from_url_path(prefix).map_err(|error| error.to_string())?;
     Ok(Arc::new(PrefixStore::new(store, prefix)))
 }
+
+#[cfg(test)]
+#[path = "open_test.rs"]
+mod tests;

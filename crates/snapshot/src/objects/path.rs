@@ -122,3 +122,7 @@ pub fn classify(path: &Path) -> ObjectKind {
         _ => ObjectKind::Other,
     }
 }
+
+#[cfg(test)]
+#[path = "path_test.rs"]
+mod tests;
