@@ -2,7 +2,8 @@
 
 use std::io;
 
-use crate::Operation;
+use crate::layered::FreezeState;
+use crate::{MapError, Operation};
 
 /// A volume or one of its queues cannot be used (further).
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,58 @@ pub enum BlockError {
     /// Making the file durable failed; its state on stable storage is unknown.
     #[error("cannot make the volume durable (fdatasync): {0}")]
     Sync(#[source] io::Error),
+    /// The map cannot be used.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// Somebody else has the volume open on this host.
+    #[error("the volume is in use: its map is locked by another process")]
+    InUse,
+    /// The volume was attached again since.
+    #[error("attachment generation {ours} is superseded by generation {theirs}")]
+    Fenced {
+        /// Generation of this attachment.
+        ours: u64,
+        /// Generation in the map.
+        theirs: u64,
+    },
+    /// Data of the volume is gone.
+    #[error("the volume's data file has {found} bytes instead of {expected}")]
+    DataTooShort {
+        /// Bytes found.
+        found: u64,
+        /// Size of the volume.
+        expected: u64,
+    },
+    /// Blocks are to be read from a base that was not given.
+    #[error("the volume needs its base file, which was not given")]
+    BaseMissing,
+    /// The presence bits cannot be mapped.
+    #[error("cannot use the base's presence bits: {0}")]
+    Presence(#[source] io::Error),
+    /// A chunk of the base is needed and not there.
+    #[error("chunk {chunk} of the volume's base is not present")]
+    ChunkMissing {
+        /// The chunk.
+        chunk: u64,
+    },
+    /// Another freeze is under way, or none is.
+    #[error("a freeze is {0:?}; this needs it to be {1:?}")]
+    FreezeState(FreezeState, FreezeState),
+    /// The flushes before the freeze failed or were called off.
+    #[error("cannot freeze the volume: {0}")]
+    Freeze(#[source] io::Error),
+    /// The stage's files cannot be used.
+    #[error("cannot use the files of the snapshot's stage: {0}")]
+    Stage(#[source] io::Error),
+    /// `data` could not be extended, or its properties could not be changed.
+    #[error("cannot prepare the volume's data file: {0}")]
+    Data(#[source] io::Error),
+    /// The volume was closed.
+    #[error("the volume is closed")]
+    Closed,
+    /// A read of a volume without a VMM failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
 }
 
 /// One request failed; the volume goes on serving others.

@@ -1,4 +1,5 @@
-//! Volumes as the VMM sees them: the [`Volume`] and [`VolumeQueue`] traits and the raw-file engine [`RawFile`].
+//! Volumes as the VMM sees them: the [`Volume`] and [`VolumeQueue`] traits, the layered engine [`LayeredVolume`] (a volume's
+//! own `data` file over the shared base of its snapshot) and the raw-file engine [`RawFile`].
 //!
 //! A disk front-end (virtio-blk) opens one [`VolumeQueue`] per I/O thread, hands it requests whose buffers are iovecs into
 //! guest memory, kicks once per batch and drains completions. Engines differ in where the bytes live; front-ends do not
@@ -7,9 +8,21 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
 mod error;
+mod layered;
+mod limit;
+pub mod map;
 mod raw;
+mod task;
 mod volume;
+mod xts;
 
 pub use error::{BlockError, IoError};
+pub use layered::{
+    BaseFiles, Cause, ChunkFetcher, FreezeState, FrozenSet, LayeredVolume, OfflineVolume, OpenOptions, Stage,
+    StagedView, VolumeEvents, VolumeFiles, staged_bytes,
+};
+pub use limit::{IO_UNIT_BYTES, RateLimits};
+pub use map::{BLOCK_BYTES, CHUNK_BYTES, MapError};
 pub use raw::{Engine, RawFile};
 pub use volume::{Completion, Limits, Operation, Request, SECTOR_BYTES, Volume, VolumeQueue};
+pub use xts::{DATA_UNIT_BYTES, XtsKey};

@@ -2,7 +2,6 @@
 
 mod pool;
 mod ring;
-mod task;
 
 #[cfg(test)]
 mod tests;
@@ -14,9 +13,11 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::task::Task;
 use crate::volume::SECTOR_BYTES;
 use crate::{BlockError, IoError, Limits, Volume, VolumeQueue};
-use task::Task;
+
+pub(crate) use pool::{execute, signal};
 
 /// How requests reach the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Shared;
-use super::task::{Call, Task, Verdict};
+use crate::task::{Call, Task, Verdict};
 use crate::{BlockError, Completion, IoError, Request, VolumeQueue};
 
 /// Enough that one slow fdatasync does not stop reads; more threads gain little on one file.
@@ -169,7 +169,8 @@ fn run(task: &mut Task, shared: &Shared) -> Result<(), IoError> {
     }
 }
 
-fn execute(call: Call<'_>, fd: i32) -> Result<u64, i32> {
+/// Makes one call, blocking.
+pub(crate) fn execute(call: Call<'_>, fd: i32) -> Result<u64, i32> {
     let result = match call {
         // SAFETY: the iovecs point to memory the submitter keeps mapped until completion (`VolumeQueue::submit`).
         Call::Readv { iovecs, offset } => unsafe {
@@ -189,7 +190,8 @@ fn execute(call: Call<'_>, fd: i32) -> Result<u64, i32> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
 }
 
-fn signal(event: &EventFd) {
+/// Makes an eventfd readable.
+pub(crate) fn signal(event: &EventFd) {
     // The counter cannot overflow: every signal follows a finished task and `drain` resets it.
     let _ = event.write(1);
 }

@@ -10,7 +10,7 @@ use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 
 use super::Shared;
-use super::task::{Call, Task, Verdict};
+use crate::task::{Call, Task, Verdict};
 use crate::{BlockError, Completion, IoError, Request, VolumeQueue};
 
 /// The volume's place in the ring's registered files.

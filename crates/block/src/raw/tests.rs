@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proptest::prelude::*;
 
-use super::task::{Call, Task, Verdict};
 use super::*;
+use crate::task::{Call, Task, Verdict};
 use crate::{Completion, Operation, Request};
 
 const MIB: u64 = 1 << 20;

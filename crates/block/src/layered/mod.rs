@@ -1,0 +1,367 @@
+//! A volume as its own sparse `data` file plus a map of which blocks that file holds, over a base that is shared by all
+//! volumes of a snapshot and filled on demand. The design and the formats are in docs/storage.md.
+
+mod buffer;
+mod clock;
+mod core;
+mod files;
+mod freeze;
+mod inline;
+mod internal;
+mod offline;
+mod op;
+mod pool;
+mod ring;
+mod shared;
+mod transfer;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+pub use files::{BaseFiles, VolumeFiles};
+use files::{Descriptors, PresenceMap};
+pub use freeze::{FreezeState, FrozenSet, Stage, StagedView, staged_bytes};
+use inline::Inline;
+pub use offline::OfflineVolume;
+use shared::{Alignment, Mail, Nobody, Parts, Presence, Shared};
+pub use shared::{Cause, ChunkFetcher, VolumeEvents};
+
+use crate::map::{self, Header, Storage};
+use crate::xts::{Xts, XtsKey};
+use crate::{BlockError, Engine, Limits, RateLimits, Volume, VolumeQueue};
+
+/// How to open a volume.
+pub struct OpenOptions {
+    /// Attachment generation: one older than the map's is refused, a newer one is written to it.
+    pub generation: u64,
+    /// Who brings chunks of the base.
+    pub fetcher: Arc<dyn ChunkFetcher>,
+    /// Who learns of the volume's condition.
+    pub events: Arc<dyn VolumeEvents>,
+    /// How requests reach the kernel.
+    pub engine: Engine,
+    /// Use `O_DIRECT` on `data` where the file system has it.
+    pub direct: bool,
+}
+
+impl std::fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenOptions").field("generation", &self.generation).field("engine", &self.engine).finish()
+    }
+}
+
+/// A volume over a base. Methods may be called from any thread; those that do not say so do not block.
+#[derive(Debug)]
+pub struct LayeredVolume {
+    shared: Arc<Shared>,
+    descriptors: Arc<Descriptors>,
+    engine: Engine,
+    /// Also serialises what changes the header.
+    header: Mutex<Header>,
+    read_only: bool,
+}
+
+/// What both ways to open a volume have in common.
+struct Opened {
+    header: Header,
+    shared: Arc<Shared>,
+    descriptors: Arc<Descriptors>,
+}
+
+fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError> {
+    let VolumeFiles { data, map, base, key } = files;
+    files::lock(&map)?;
+    let mut header = map::read_header(&map)?;
+    if options.generation < header.generation {
+        return Err(BlockError::Fenced { ours: options.generation, theirs: header.generation });
+    }
+    let mut bits = map::load(&map, &header)?;
+    if !header.clean {
+        bits.distrust_dirty();
+    }
+    let found = data.length().map_err(BlockError::Size)?;
+    if found < header.size_bytes {
+        return Err(BlockError::DataTooShort { found, expected: header.size_bytes });
+    }
+    let blocks = header.size_bytes / map::BLOCK_BYTES;
+    let whole = bits.run(0, blocks);
+    if base.is_none() && !(whole.local && whole.end == blocks) {
+        return Err(BlockError::BaseMissing);
+    }
+    let alignment = if options.direct { files::go_direct(&data) } else { buffered(&data)? };
+    let (presence, base_key, base): (Box<dyn Presence>, _, _) = match base {
+        None => (Box::new(Nobody), None, None),
+        Some(base) => {
+            // Through the page cache, which all volumes over this base share.
+            files::set_direct(&base.data, false).map_err(BlockError::Data)?;
+            (Box::new(PresenceMap::new(&base.presence)?), base.key, Some(base.data))
+        }
+    };
+    let expand = |key: Option<XtsKey>| key.as_ref().map(Xts::new);
+    let parts = Parts {
+        bits,
+        alignment,
+        data_key: expand(key),
+        base_key: expand(base_key),
+        presence,
+        fetcher: Arc::clone(&options.fetcher),
+        events: Arc::clone(&options.events),
+    };
+    let descriptors = Arc::new(Descriptors::new(data, map, base));
+    if options.generation > header.generation {
+        header.generation = options.generation;
+        map::write_header(&descriptors.map, &mut header)?;
+    }
+    Ok(Opened { header, shared: Arc::new(Shared::new(parts)), descriptors })
+}
+
+fn buffered(data: &std::fs::File) -> Result<Alignment, BlockError> {
+    files::set_direct(data, false).map_err(BlockError::Data)?;
+    Ok(Alignment { memory: 1, offset: 1 })
+}
+
+impl LayeredVolume {
+    /// Opens a volume for a guest; blocks. From now on its map says that it is in use, until
+    /// [`close_clean`](Self::close_clean).
+    pub fn open(files: VolumeFiles, options: OpenOptions) -> Result<Self, BlockError> {
+        let Opened { mut header, shared, descriptors } = open(files, &options)?;
+        if header.clean {
+            header.clean = false;
+            map::write_header(&descriptors.map, &mut header)?;
+        }
+        Ok(Self { shared, descriptors, engine: options.engine, header: Mutex::new(header), read_only: false })
+    }
+
+    /// The same volume, refusing what changes it. (Its map is still marked as in use.)
+    #[must_use]
+    pub fn into_read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    /// To be called after presence bits were set: requests that wait for chunks are looked at again.
+    pub fn presence_changed(&self) {
+        self.shared.presence_changed();
+    }
+
+    /// Chunks that were asked for and have not come, ascending: for an agent that came back.
+    pub fn pending_fetches(&self) -> Vec<u64> {
+        self.shared.coord().fetches.keys().copied().collect()
+    }
+
+    /// New rate limits, from now on.
+    pub fn set_rate_limits(&self, limits: RateLimits) {
+        let mut coord = self.shared.coord();
+        coord.limiter.set(limits);
+        coord.post_all(Mail::LimitsChanged);
+    }
+
+    /// Makes the volume larger; blocks. The new range reads as zeros. Durable on return; a crash leaves the old or the new
+    /// size.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), BlockError> {
+        let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        map::grow(&self.descriptors.map, &self.descriptors.data, &mut header, size_bytes)?;
+        self.shared.coord().bits.grow(size_bytes);
+        self.shared.size.store(size_bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// Begins to prepare a freeze: flushes, then holds new writes back and waits for those in flight. The volume's queues
+    /// do the work in their [`drain`](VolumeQueue::drain); their descriptors become readable for it. Without an open queue
+    /// this blocks until it is done. Any number of volumes may be prepared before the first is frozen.
+    ///
+    /// # Errors
+    /// Another freeze is under way.
+    pub fn freeze_prepare(&self) -> Result<(), BlockError> {
+        let queued = {
+            let mut coord = self.shared.coord();
+            let state = coord.freeze.state;
+            if coord.closed {
+                return Err(BlockError::Closed);
+            }
+            if state != FreezeState::Idle {
+                return Err(BlockError::FreezeState(state, FreezeState::Idle));
+            }
+            coord.freeze.state = FreezeState::Preparing;
+            coord.freeze.error = None;
+            let queue = coord.any_queue();
+            if let Some(queue) = queue {
+                coord.post(queue, Mail::Freeze, None);
+            }
+            queue.is_some()
+        };
+        if !queued {
+            let mut inline = self.inline();
+            inline.mail(Mail::Freeze);
+            inline.run(|core| core.freeze_state() != FreezeState::Preparing)?;
+        }
+        Ok(())
+    }
+
+    /// How far a freeze is. When a preparation fails it is [`FreezeState::Idle`] again, and
+    /// [`freeze`](Self::freeze) tells why.
+    pub fn freeze_state(&self) -> FreezeState {
+        self.shared.coord().freeze.state
+    }
+
+    /// Blocks until a preparation ended or time is up. Not for the thread of one of the volume's queues.
+    pub fn wait_prepared(&self, timeout: Duration) -> FreezeState {
+        let deadline = Instant::now() + timeout;
+        let mut coord = self.shared.coord();
+        while coord.freeze.state == FreezeState::Preparing {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            coord = self.shared.prepared.wait_timeout(coord, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        coord.freeze.state
+    }
+
+    /// Fixes the point in time of a prepared freeze and lets writes go on: the DIRTY chunks become the frozen set, DIRTY is
+    /// cleared, and from now on every chunk of the set is copied to the stage before it changes. The set is also written to
+    /// the head of `stage.staged`.
+    ///
+    /// # Errors
+    /// The volume is not [`FreezeState::Ready`], or the stage cannot be written; then writes go on and nothing is frozen.
+    pub fn freeze(&self, stage: Stage) -> Result<FrozenSet, BlockError> {
+        let (set, size) = {
+            let coord = self.shared.coord();
+            let state = coord.freeze.state;
+            if state != FreezeState::Ready {
+                let error = coord.freeze.error.filter(|_| state == FreezeState::Idle);
+                return Err(error.map_or(BlockError::FreezeState(state, FreezeState::Ready), |errno| {
+                    BlockError::Freeze(io::Error::from_raw_os_error(errno))
+                }));
+            }
+            (FrozenSet::of(coord.bits.chunks(), &coord.bits.dirty_chunks()), coord.bits.size_bytes())
+        };
+        if let Err(error) = write_stage(&stage, size, &set) {
+            self.freeze_cancel();
+            return Err(BlockError::Stage(error));
+        }
+        self.descriptors.set_stage(Some(stage));
+        let mut coord = self.shared.coord();
+        coord.begin_freeze(set.clone());
+        coord.wake_blocked(None);
+        Ok(set)
+    }
+
+    /// Calls a preparation off, whether it is done or not. Does nothing to a freeze.
+    pub fn freeze_cancel(&self) {
+        let mut coord = self.shared.coord();
+        coord.freeze.abandon(libc::ECANCELED);
+        coord.wake_blocked(None);
+        coord.wake_flushes(None);
+    }
+
+    /// Has a chunk of the frozen set copied to the stage soon. Its mark in `staged` and [`VolumeEvents::staged`] tell when it
+    /// is there; nothing happens when it is there already, does not belong to the set, or no freeze is under way. Without an
+    /// open queue this blocks until it is done.
+    pub fn stage_chunk(&self, chunk: u64) -> Result<(), BlockError> {
+        let queued = {
+            let mut coord = self.shared.coord();
+            let queue = coord.any_queue();
+            if let Some(queue) = queue {
+                coord.post(queue, Mail::Stage { chunk }, None);
+            }
+            queue.is_some()
+        };
+        if !queued {
+            let mut inline = self.inline();
+            inline.mail(Mail::Stage { chunk });
+            inline.run(|core| core.is_copied(chunk))?;
+        }
+        Ok(())
+    }
+
+    /// Ends a freeze. `restore_dirty` puts the frozen set back into DIRTY: the snapshot failed, and the next one has to have
+    /// these chunks too.
+    pub fn thaw(&self, restore_dirty: bool) {
+        let mut coord = self.shared.coord();
+        coord.end_freeze(restore_dirty);
+        coord.wake_blocked(None);
+    }
+
+    /// Flushes, writes DIRTY bits and marks the map as closed in order; blocks. Afterwards requests fail with `ESHUTDOWN`.
+    /// All queues must be dropped before.
+    ///
+    /// # Errors
+    /// After a failed sync the volume can never be closed clean.
+    pub fn close_clean(&self) -> Result<(), BlockError> {
+        let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut coord = self.shared.coord();
+            if coord.closed {
+                return Ok(());
+            }
+            coord.end_freeze(true);
+            coord.bits.include_dirty();
+        }
+        self.inline().flush()?;
+        self.shared.coord().closed = true;
+        header.clean = true;
+        map::write_header(&self.descriptors.map, &mut header)?;
+        files::unlock(&self.descriptors.map);
+        Ok(())
+    }
+
+    fn inline(&self) -> Inline {
+        Inline::new(Arc::clone(&self.shared), Arc::clone(&self.descriptors))
+    }
+}
+
+fn write_stage(stage: &Stage, size: u64, set: &FrozenSet) -> io::Result<()> {
+    files::set_direct(&stage.file, false)?;
+    stage.file.set_len(size)?;
+    if stage.staged.metadata()?.len() < staged_bytes(size) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the staged file is too short"));
+    }
+    stage.staged.write_at(&freeze::encode_staged(size, set), 0)
+}
+
+impl Volume for LayeredVolume {
+    fn size_bytes(&self) -> u64 {
+        self.shared.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            logical_block_bytes: 512,
+            physical_block_bytes: 4096,
+            optimal_io_bytes: 0,
+            max_discard_bytes: 1 << 30,
+            discard_granularity_bytes: 4096,
+            max_write_zeroes_bytes: 1 << 30,
+        }
+    }
+
+    fn open_queue(&self, capacity: usize) -> Result<Box<dyn VolumeQueue>, BlockError> {
+        let capacity = capacity.clamp(1, 4096);
+        let ring = || ring::RingQueue::open(Arc::clone(&self.shared), Arc::clone(&self.descriptors), capacity);
+        let pool = || pool::PoolQueue::open(Arc::clone(&self.shared), Arc::clone(&self.descriptors), capacity);
+        match self.engine {
+            Engine::IoUring => Ok(Box::new(ring()?)),
+            Engine::ThreadPool => Ok(Box::new(pool()?)),
+            Engine::Auto => match ring() {
+                Ok(queue) => Ok(Box::new(queue)),
+                // Forbidden by sysctl or seccomp, or a kernel without it: the pool does the same, slower.
+                Err(_) => Ok(Box::new(pool()?)),
+            },
+        }
+    }
+
+    /// Not for the thread of a queue while requests are in flight on it.
+    fn sync(&self) -> Result<(), BlockError> {
+        self.inline().flush()
+    }
+}

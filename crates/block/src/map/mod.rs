@@ -1,0 +1,24 @@
+//! The `map` file of a layered volume: which 4 KiB blocks its own `data` file holds (LOCAL) and which 512 KiB chunks were
+//! written since the last snapshot (DIRTY). The format is described byte by byte in docs/storage.md.
+
+mod bits;
+mod create;
+mod error;
+pub(crate) mod format;
+mod grow;
+mod header;
+mod load;
+mod storage;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use bits::{Bits, PageWrite, Run};
+pub use create::{MapSpec, create};
+pub use error::MapError;
+pub use format::{BLOCK_BYTES, CHUNK_BYTES};
+pub(crate) use grow::grow;
+pub(crate) use header::write_header;
+pub use header::{Header, read_header};
+pub(crate) use load::{append_pages, load};
+pub use storage::Storage;
