@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -16,6 +17,9 @@ use super::op::FileId;
 use super::shared::{Alignment, Presence};
 use crate::BlockError;
 use crate::xts::XtsKey;
+
+const LOCK_TRIES: u32 = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(25);
 
 /// The shared base of a volume's snapshot.
 #[derive(Debug)]
@@ -81,8 +85,26 @@ impl Descriptors {
     }
 }
 
-/// Takes the exclusive lock on a map.
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // A ring lets go of its registered files some time after it is closed.
+        unlock(&self.map);
+    }
+}
+
+/// Takes the exclusive lock on a map. The kernel takes down the rings of a killed process a moment after the process is
+/// gone, and until then they hold the lock: waits for that, blocking.
 pub(crate) fn lock(map: &File) -> Result<(), BlockError> {
+    for _ in 0..LOCK_TRIES {
+        match try_lock(map) {
+            Err(BlockError::InUse) => std::thread::sleep(LOCK_PAUSE),
+            other => return other,
+        }
+    }
+    try_lock(map)
+}
+
+fn try_lock(map: &File) -> Result<(), BlockError> {
     // SAFETY: flock is plain data, for which zeros are valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as libc::c_short;
@@ -94,7 +116,7 @@ pub(crate) fn lock(map: &File) -> Result<(), BlockError> {
     }
 }
 
-/// Releases it: other holders of the open file description do not keep it.
+/// Releases it for all holders of the open file description.
 pub(crate) fn unlock(map: &File) {
     // SAFETY: as in `lock`.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };

@@ -33,7 +33,7 @@ pub use shared::{Cause, ChunkFetcher, VolumeEvents};
 
 use crate::map::{self, Header, Storage};
 use crate::xts::{Xts, XtsKey};
-use crate::{BlockError, Engine, Limits, RateLimits, Volume, VolumeQueue};
+use crate::{BlockError, Engine, Limits, MapError, RateLimits, Volume, VolumeQueue};
 
 /// How to open a volume.
 pub struct OpenOptions {
@@ -76,23 +76,7 @@ struct Opened {
 fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError> {
     let VolumeFiles { data, map, base, key } = files;
     files::lock(&map)?;
-    let mut header = map::read_header(&map)?;
-    if options.generation < header.generation {
-        return Err(BlockError::Fenced { ours: options.generation, theirs: header.generation });
-    }
-    let mut bits = map::load(&map, &header)?;
-    if !header.clean {
-        bits.distrust_dirty();
-    }
-    let found = data.length().map_err(BlockError::Size)?;
-    if found < header.size_bytes {
-        return Err(BlockError::DataTooShort { found, expected: header.size_bytes });
-    }
-    let blocks = header.size_bytes / map::BLOCK_BYTES;
-    let whole = bits.run(0, blocks);
-    if base.is_none() && !(whole.local && whole.end == blocks) {
-        return Err(BlockError::BaseMissing);
-    }
+    let (mut header, bits) = open_map(&map, &data, options.generation, base.is_some())?;
     let alignment = if options.direct { files::go_direct(&data) } else { buffered(&data)? };
     let (presence, base_key, base): (Box<dyn Presence>, _, _) = match base {
         None => (Box::new(Nobody), None, None),
@@ -120,6 +104,52 @@ fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError>
     Ok(Opened { header, shared: Arc::new(Shared::new(parts)), descriptors })
 }
 
+/// Reads and checks a map.
+fn open_map(
+    map: &dyn Storage,
+    data: &dyn Storage,
+    generation: u64,
+    has_base: bool,
+) -> Result<(Header, map::Bits), BlockError> {
+    let header = map::read_header(map)?;
+    if generation < header.generation {
+        return Err(BlockError::Fenced { ours: generation, theirs: header.generation });
+    }
+    let found = data.length().map_err(BlockError::Size)?;
+    if found < header.size_bytes {
+        return Err(BlockError::DataTooShort { found, expected: header.size_bytes });
+    }
+    let mut bits = map::load(map, &header)?;
+    if !header.clean {
+        // A killed process may have left both in the page cache only. LOCAL bits read from there are never written again, so
+        // they must be made durable now, after the data they stand for.
+        data.sync().map_err(BlockError::Sync)?;
+        map.sync().map_err(BlockError::Sync)?;
+        bits.distrust_dirty();
+    }
+    let blocks = header.size_bytes / map::BLOCK_BYTES;
+    let whole = bits.run(0, blocks);
+    if !has_base && !(whole.local && whole.end == blocks) {
+        return Err(BlockError::BaseMissing);
+    }
+    Ok((header, bits))
+}
+
+/// Says in the map that the volume is in use, before anything in it changes.
+fn mark_in_use(map: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
+    if header.clean {
+        header.clean = false;
+        map::write_header(map, header)?;
+    }
+    Ok(())
+}
+
+/// Says in the map that it is exact, after everything else was made durable.
+fn mark_clean(map: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
+    header.clean = true;
+    map::write_header(map, header)
+}
+
 fn buffered(data: &std::fs::File) -> Result<Alignment, BlockError> {
     files::set_direct(data, false).map_err(BlockError::Data)?;
     Ok(Alignment { memory: 1, offset: 1 })
@@ -130,10 +160,7 @@ impl LayeredVolume {
     /// [`close_clean`](Self::close_clean).
     pub fn open(files: VolumeFiles, options: OpenOptions) -> Result<Self, BlockError> {
         let Opened { mut header, shared, descriptors } = open(files, &options)?;
-        if header.clean {
-            header.clean = false;
-            map::write_header(&descriptors.map, &mut header)?;
-        }
+        mark_in_use(&descriptors.map, &mut header)?;
         Ok(Self { shared, descriptors, engine: options.engine, header: Mutex::new(header), read_only: false })
     }
 
@@ -305,8 +332,7 @@ impl LayeredVolume {
         }
         self.inline().flush()?;
         self.shared.coord().closed = true;
-        header.clean = true;
-        map::write_header(&self.descriptors.map, &mut header)?;
+        mark_clean(&self.descriptors.map, &mut header)?;
         files::unlock(&self.descriptors.map);
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::inline::Inline;
 use super::shared::Nobody;
-use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, open};
+use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, mark_clean, open};
 use crate::map::{self, CHUNK_BYTES, Header};
 use crate::{BlockError, Engine};
 
@@ -87,8 +87,7 @@ impl OfflineVolume {
         }
         self.inline.lock().unwrap_or_else(PoisonError::into_inner).flush()?;
         if !header.clean {
-            header.clean = true;
-            map::write_header(&self.opened.descriptors.map, &mut header)?;
+            mark_clean(&self.opened.descriptors.map, &mut header)?;
         }
         Ok(())
     }

@@ -118,7 +118,8 @@ impl RingQueue {
             event.0.as_raw_fd(),
             alarm.timer.as_fd().as_raw_fd(),
         ];
-        let ring = build(capacity as u32, &files).map_err(BlockError::RingSetup)?;
+        // Room for the two polls and the volume's own work beside the guest's requests.
+        let ring = build(capacity as u32 + 16, &files).map_err(BlockError::RingSetup)?;
         let outstanding_max = ring.params().cq_entries() as usize;
         let signal = Arc::clone(&event) as Arc<dyn Signal>;
         let core = Core::new(shared, capacity, Some(signal), Clock::Monotonic);

@@ -1,0 +1,495 @@
+//! The engine on real files, over io_uring and over threads.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::map::{self, MapSpec};
+use crate::{
+    BLOCK_BYTES, BaseFiles, BlockError, CHUNK_BYTES, Cause, ChunkFetcher, Completion, Engine, FreezeState,
+    LayeredVolume, OfflineVolume, OpenOptions, Operation, RateLimits, Request, Stage, StagedView, Volume, VolumeEvents,
+    VolumeFiles, VolumeQueue, XtsKey, staged_bytes,
+};
+
+const CHUNKS: u64 = 6;
+const SIZE: u64 = CHUNKS * CHUNK_BYTES;
+
+#[derive(Debug, Default)]
+struct Agent {
+    asked: Mutex<Vec<u64>>,
+    impaired: AtomicBool,
+}
+
+impl ChunkFetcher for Agent {
+    fn fetch(&self, chunk: u64) {
+        self.asked.lock().unwrap().push(chunk);
+    }
+}
+
+impl VolumeEvents for Agent {
+    fn impaired(&self, _cause: Cause) {
+        self.impaired.store(true, Ordering::Relaxed);
+    }
+
+    fn recovered(&self) {
+        self.impaired.store(false, Ordering::Relaxed);
+    }
+}
+
+/// A volume's files in a folder; chunks 0, 1 and 4 come from a base that holds 0xB0 + chunk.
+struct Files {
+    folder: tempfile::TempDir,
+    presence: File,
+    agent: Arc<Agent>,
+    keys: bool,
+}
+
+fn key(seed: u8) -> XtsKey {
+    let mut bytes = [seed; 64];
+    bytes[0] ^= 1;
+    XtsKey::new(bytes).unwrap()
+}
+
+fn memfd() -> File {
+    let memfd = File::from(memfd_create(c"presence", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC).unwrap());
+    memfd.set_len(4096).unwrap();
+    fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+    memfd
+}
+
+impl Files {
+    fn new(keys: bool) -> Self {
+        // Not under /tmp, which may be a tmpfs without direct I/O.
+        let folder = tempfile::tempdir_in(std::env::current_dir().unwrap().join("../../target")).unwrap();
+        let files = Self { folder, presence: memfd(), agent: Arc::default(), keys };
+        files.file("data").set_len(SIZE).unwrap();
+        files.file("base").set_len(SIZE).unwrap();
+        let spec = MapSpec {
+            volume_id: "vol-0123456789abcdef0".into(),
+            size_bytes: SIZE,
+            base_root: Some([9; 32]),
+            generation: 3,
+            base_chunks: [0, 1, 4],
+        };
+        map::create(&files.file("map"), spec).unwrap();
+        files
+    }
+
+    fn file(&self, name: &str) -> File {
+        let path = self.folder.path().join(name);
+        File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+    }
+
+    fn files(&self) -> VolumeFiles {
+        let base = BaseFiles {
+            data: self.file("base"),
+            presence: self.presence.try_clone().unwrap(),
+            key: self.keys.then(|| key(2)),
+        };
+        let (data, map) = (self.file("data"), self.file("map"));
+        VolumeFiles { data, map, base: Some(base), key: self.keys.then(|| key(1)) }
+    }
+
+    fn try_open(&self, engine: Engine, generation: u64) -> Result<LayeredVolume, BlockError> {
+        let fetcher = Arc::clone(&self.agent) as Arc<dyn ChunkFetcher>;
+        let events = Arc::clone(&self.agent) as Arc<dyn VolumeEvents>;
+        LayeredVolume::open(self.files(), OpenOptions { generation, fetcher, events, engine, direct: true })
+    }
+
+    fn open(&self, engine: Engine) -> LayeredVolume {
+        self.try_open(engine, 3).unwrap()
+    }
+
+    /// What the agent does when a chunk is asked for.
+    fn bring(&self, chunk: u64) {
+        let mut content = vec![0xB0 + chunk as u8; CHUNK_BYTES as usize];
+        if self.keys {
+            crate::xts::Xts::new(&key(2)).encrypt(&mut content, chunk * CHUNK_BYTES);
+        }
+        self.file("base").write_all_at(&content, chunk * CHUNK_BYTES).unwrap();
+        let mut word = [0; 8];
+        self.presence.read_exact_at(&mut word, chunk / 64 * 8).unwrap();
+        let word = u64::from_le_bytes(word) | 1 << (chunk % 64);
+        self.presence.write_all_at(&word.to_le_bytes(), chunk / 64 * 8).unwrap();
+    }
+
+    fn stage(&self) -> (Stage, StagedFile) {
+        let staged = self.file("staged");
+        staged.set_len(0).unwrap();
+        staged.set_len(staged_bytes(SIZE)).unwrap();
+        (Stage { file: self.file("stage"), staged }, StagedFile(self.file("staged")))
+    }
+}
+
+struct StagedFile(File);
+
+impl StagedFile {
+    fn view(&self) -> StagedView {
+        StagedView::open(self.0.try_clone().unwrap()).unwrap()
+    }
+}
+
+fn each(test: impl Fn(Engine, bool)) {
+    let allowed = io_uring::IoUring::new(2).is_ok();
+    for engine in [Engine::IoUring, Engine::ThreadPool] {
+        if engine == Engine::IoUring && !allowed {
+            eprintln!("io_uring is forbidden here: testing the thread pool alone");
+            continue;
+        }
+        for keys in [false, true] {
+            test(engine, keys);
+        }
+    }
+}
+
+fn wait(queue: &mut dyn VolumeQueue, what: &str) -> Completion {
+    queue.kick().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let mut done = None;
+        queue.drain(&mut |completion| assert!(done.replace(completion).is_none())).unwrap();
+        if let Some(done) = done {
+            return done;
+        }
+        assert!(Instant::now() < deadline, "{what} does not end");
+        let mut fds = [PollFd::new(queue.completion_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(1000u16)).unwrap();
+    }
+}
+
+fn submit(queue: &mut dyn VolumeQueue, operation: Operation, offset: u64, length: u64, buffers: &[libc::iovec]) {
+    let request = Request { operation, offset, length, buffers, token: offset };
+    // SAFETY: every caller keeps the buffers until the request is complete.
+    unsafe { queue.submit(request).unwrap() };
+}
+
+fn run(queue: &mut dyn VolumeQueue, operation: Operation, offset: u64, length: u64, bytes: &mut [u8]) {
+    let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    submit(queue, operation, offset, length, if bytes.is_empty() { &[] } else { &buffers });
+    wait(queue, &operation.to_string()).result.unwrap();
+}
+
+fn write(queue: &mut dyn VolumeQueue, offset: u64, length: usize, byte: u8) {
+    run(queue, Operation::Write, offset, 0, &mut vec![byte; length]);
+}
+
+fn read(queue: &mut dyn VolumeQueue, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0xEE; length];
+    run(queue, Operation::Read, offset, 0, &mut bytes);
+    bytes
+}
+
+fn all(bytes: &[u8], byte: u8) -> bool {
+    bytes.iter().all(|each| *each == byte)
+}
+
+#[test]
+fn a_volume_keeps_what_is_written_over_its_base() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        [0, 1, 4].iter().for_each(|chunk| files.bring(*chunk));
+        let volume = files.open(engine);
+        {
+            let mut queue = volume.open_queue(16).unwrap();
+            let queue = queue.as_mut();
+            assert!(all(&read(queue, 0, 8192), 0xB0));
+            assert!(all(&read(queue, 2 * CHUNK_BYTES, 8192), 0));
+            write(queue, 512, 512, 1);
+            let block = read(queue, 0, 4096);
+            assert!(all(&block[..512], 0xB0) && all(&block[512..1024], 1) && all(&block[1024..], 0xB0));
+            write(queue, CHUNK_BYTES - 8192, 16384, 2);
+            let across = read(queue, CHUNK_BYTES - 12288, 24576);
+            assert!(all(&across[..4096], 0xB0) && all(&across[4096..20480], 2) && all(&across[20480..], 0xB1));
+            run(queue, Operation::Discard, 4 * CHUNK_BYTES, 2 * BLOCK_BYTES, &mut []);
+            run(queue, Operation::WriteZeroes { may_unmap: false }, 4 * CHUNK_BYTES + 8192 + 512, 8192, &mut []);
+            let zeroed = read(queue, 4 * CHUNK_BYTES, 20480);
+            assert!(all(&zeroed[..8192], 0) && all(&zeroed[8192..8704], 0xB4));
+            assert!(all(&zeroed[8704..16896], 0) && all(&zeroed[16896..], 0xB4));
+            run(queue, Operation::Flush, 0, 0, &mut []);
+            // 1 MiB from an odd address crosses every kind of source.
+            let mut large = vec![0u8; (1 << 20) + 1];
+            run(queue, Operation::Read, 0, 0, &mut large[1..]);
+            assert!(all(&large[1..513], 0xB0) && large[1 << 20] == 0xB1);
+        }
+        volume.close_clean().unwrap();
+        drop(volume);
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(4).unwrap();
+        assert!(all(&read(queue.as_mut(), CHUNK_BYTES - 8192, 16384), 2));
+        if keys {
+            let mut stored = [0; 512];
+            files.file("data").read_exact_at(&mut stored, CHUNK_BYTES - 8192).unwrap();
+            assert!(stored != [2; 512], "stored in clear");
+        }
+    });
+}
+
+#[test]
+fn requests_wait_for_missing_chunks_and_are_repeatable() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(8).unwrap();
+        let mut bytes = vec![0u8; 16384];
+        let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        submit(queue.as_mut(), Operation::Read, CHUNK_BYTES - 8192, 0, &buffers);
+        queue.kick().unwrap();
+        queue.drain(&mut |_| panic!("there is no data")).unwrap();
+        assert_eq!(volume.pending_fetches(), [0, 1]);
+        assert_eq!(*files.agent.asked.lock().unwrap(), [0, 1]);
+        // Full blocks need no base.
+        let mut block = vec![5u8; 4096];
+        let write = [libc::iovec { iov_base: block.as_mut_ptr().cast(), iov_len: 4096 }];
+        submit(queue.as_mut(), Operation::Write, CHUNK_BYTES, 0, &write);
+        assert_eq!(wait(queue.as_mut(), "write").token, CHUNK_BYTES);
+        files.bring(0);
+        volume.presence_changed();
+        assert_eq!(volume.pending_fetches(), [1]);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                files.bring(1);
+                volume.presence_changed();
+            });
+            wait(queue.as_mut(), "read").result.unwrap();
+        });
+        assert!(all(&bytes[..8192], 0xB0) && all(&bytes[8192..12288], 5) && all(&bytes[12288..], 0xB1));
+    });
+}
+
+#[test]
+fn a_second_opener_and_an_old_generation_are_refused() {
+    let files = Files::new(false);
+    let volume = files.open(Engine::Auto);
+    assert!(matches!(files.try_open(Engine::Auto, 9), Err(BlockError::InUse)));
+    assert!(matches!(OfflineVolume::open(files.files(), 9), Err(BlockError::InUse)));
+    drop(volume);
+    drop(files.try_open(Engine::Auto, 5).unwrap());
+    let fenced = files.try_open(Engine::Auto, 4);
+    assert!(matches!(fenced, Err(BlockError::Fenced { ours: 4, theirs: 5 })), "{fenced:?}");
+    files.try_open(Engine::Auto, 5).unwrap();
+}
+
+#[test]
+fn a_snapshot_is_the_volume_at_its_instant() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        [0, 1, 4].iter().for_each(|chunk| files.bring(*chunk));
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(16).unwrap();
+        let queue = queue.as_mut();
+        write(queue, 4096, 4096, 1);
+        write(queue, 2 * CHUNK_BYTES, 4096, 1);
+        volume.freeze_prepare().unwrap();
+        let began = Instant::now();
+        while volume.freeze_state() != FreezeState::Ready {
+            queue.drain(&mut |_| {}).unwrap();
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        let mut bytes = vec![2u8; 4096];
+        let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 4096 }];
+        submit(queue, Operation::Write, 4096, 0, &buffers);
+        queue.kick().unwrap();
+        queue.drain(&mut |_| panic!("a write during the preparation")).unwrap();
+        let (stage, staged) = files.stage();
+        let set = volume.freeze(stage).unwrap();
+        assert_eq!(set.iter().collect::<Vec<_>>(), [0, 2]);
+        wait(queue, "the write").result.unwrap();
+        let view = staged.view();
+        assert!(view.is_staged(0).unwrap() && !view.is_staged(2).unwrap() && *view.frozen() == set);
+        volume.stage_chunk(2).unwrap();
+        while !view.is_staged(2).unwrap() {
+            queue.drain(&mut |_| {}).unwrap();
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        assert!(!view.is_broken().unwrap());
+        let mut was = vec![0u8; CHUNK_BYTES as usize];
+        files.file("stage").read_exact_at(&mut was, 0).unwrap();
+        if keys {
+            crate::xts::Xts::new(&key(1)).decrypt(&mut was, 0);
+        }
+        assert!(all(&was[..4096], 0xB0) && all(&was[4096..8192], 1) && all(&was[8192..], 0xB0));
+        assert!(all(&read(queue, 4096, 4096), 2));
+        volume.thaw(false);
+        // Only what was written after the instant is left for the next one.
+        volume.freeze_prepare().unwrap();
+        while volume.freeze_state() != FreezeState::Ready {
+            queue.drain(&mut |_| {}).unwrap();
+        }
+        assert_eq!(volume.freeze(files.stage().0).unwrap().iter().collect::<Vec<_>>(), [0]);
+        volume.thaw(true);
+    });
+}
+
+#[test]
+fn a_volume_without_queues_freezes_in_the_caller() {
+    let files = Files::new(false);
+    [0, 1, 4].iter().for_each(|chunk| files.bring(*chunk));
+    let volume = files.open(Engine::Auto);
+    write(volume.open_queue(1).unwrap().as_mut(), CHUNK_BYTES, 4096, 1);
+    volume.freeze_prepare().unwrap();
+    assert!(matches!(volume.freeze_prepare(), Err(BlockError::FreezeState(..))));
+    let (stage, staged) = files.stage();
+    assert_eq!(volume.freeze(stage).unwrap().len(), 1);
+    volume.stage_chunk(1).unwrap();
+    assert!(staged.view().is_staged(1).unwrap());
+    volume.thaw(false);
+    volume.close_clean().unwrap();
+    let offline = OfflineVolume::open(files.files(), 3).unwrap();
+    assert!(offline.dirty_chunks().is_empty());
+}
+
+#[test]
+fn the_agent_reads_a_detached_volume() {
+    for keys in [false, true] {
+        let files = Files::new(keys);
+        files.bring(1);
+        let volume = files.open(Engine::Auto);
+        write(volume.open_queue(1).unwrap().as_mut(), CHUNK_BYTES, 4096, 1);
+        volume.close_clean().unwrap();
+        drop(volume);
+        let offline = OfflineVolume::open(files.files(), 3).unwrap();
+        assert_eq!(offline.dirty_chunks().iter().collect::<Vec<_>>(), [1]);
+        let mut chunk = vec![0xEE; CHUNK_BYTES as usize];
+        offline.read_chunk(1, &mut chunk).unwrap();
+        assert!(all(&chunk[..4096], 1) && all(&chunk[4096..], 0xB1));
+        assert!(matches!(offline.read_chunk(4, &mut chunk), Err(BlockError::ChunkMissing { chunk: 4 })));
+        files.bring(4);
+        offline.read_chunk(4, &mut chunk).unwrap();
+        assert!(all(&chunk, 0xB4));
+        offline.grow(SIZE + 4096).unwrap();
+        offline.read_chunk(CHUNKS, &mut chunk).unwrap();
+        assert!(all(&chunk, 0));
+        offline.clear_dirty().unwrap();
+        drop(offline);
+        let offline = OfflineVolume::open(files.files(), 3).unwrap();
+        assert!(offline.dirty_chunks().is_empty() && offline.header().clean);
+    }
+}
+
+#[test]
+fn a_killed_volume_counts_all_it_holds_as_dirty() {
+    let files = Files::new(false);
+    let volume = files.open(Engine::Auto);
+    write(volume.open_queue(1).unwrap().as_mut(), 4 * CHUNK_BYTES, 4096, 1);
+    volume.sync().unwrap();
+    drop(volume);
+    let offline = OfflineVolume::open(files.files(), 3).unwrap();
+    assert_eq!(offline.dirty_chunks().iter().collect::<Vec<_>>(), [2, 3, 4, 5]);
+    offline.clear_dirty().unwrap();
+    assert!(offline.header().clean);
+}
+
+#[test]
+fn a_volume_grows_while_it_is_used() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(4).unwrap();
+        // Into another page of the map.
+        let size = 300 * CHUNK_BYTES;
+        volume.grow(size).unwrap();
+        assert_eq!(volume.size_bytes(), size);
+        assert!(all(&read(queue.as_mut(), size - 4096, 4096), 0));
+        write(queue.as_mut(), size - 4096, 4096, 3);
+        drop(queue);
+        volume.close_clean().unwrap();
+        assert!(matches!(volume.grow(SIZE), Err(BlockError::Map(map::MapError::Shrink { .. }))));
+        drop(volume);
+        let volume = files.open(engine);
+        assert!(all(&read(volume.open_queue(1).unwrap().as_mut(), size - 4096, 4096), 3));
+    });
+}
+
+#[test]
+fn rate_limits_hold_and_can_be_lifted() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(64).unwrap();
+        volume.set_rate_limits(RateLimits { iops: 100, bytes_per_second: 0 });
+        let mut bytes = vec![1u8; 4096];
+        let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 4096 }];
+        let began = Instant::now();
+        for block in 0..20 {
+            submit(queue.as_mut(), Operation::Write, block * 4096, 0, &buffers);
+        }
+        for _ in 0..20 {
+            let request = |queue: &mut dyn VolumeQueue| {
+                let mut count = 0;
+                queue.drain(&mut |_| count += 1).unwrap();
+                count
+            };
+            let mut done = 0;
+            queue.kick().unwrap();
+            while done < 20 {
+                done += request(queue.as_mut());
+                let mut fds = [PollFd::new(queue.completion_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::from(1000u16)).unwrap();
+            }
+            break;
+        }
+        // 20 operations at 100 per second, of which 6 may go at once: never less than 140 ms.
+        assert!(began.elapsed() >= Duration::from_millis(139), "{:?}", began.elapsed());
+        volume.set_rate_limits(RateLimits { iops: 1, bytes_per_second: 0 });
+        for block in 0..3 {
+            submit(queue.as_mut(), Operation::Write, block * 4096, 0, &buffers);
+        }
+        queue.kick().unwrap();
+        volume.set_rate_limits(RateLimits::default());
+        let mut done = 0;
+        while done < 3 {
+            queue.drain(&mut |_| done += 1).unwrap();
+        }
+    });
+}
+
+#[test]
+fn dropping_a_queue_frees_what_it_held() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        let volume = files.open(engine);
+        let mut bytes = vec![1u8; 4096];
+        let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 512 }];
+        {
+            let mut queue = volume.open_queue(4).unwrap();
+            // Waits for the base, and then is gone.
+            submit(queue.as_mut(), Operation::Write, 512, 0, &buffers);
+            queue.kick().unwrap();
+        }
+        files.bring(0);
+        let mut queue = volume.open_queue(4).unwrap();
+        write(queue.as_mut(), 1024, 512, 7);
+        let block = read(queue.as_mut(), 0, 4096);
+        assert!(all(&block[..1024], 0xB0) && all(&block[1024..1536], 7));
+        assert!(bytes[0] == 1 && queue.in_flight() == 0);
+        bytes[0] = 2;
+    });
+}
+
+#[test]
+fn hostile_files_are_refused() {
+    let files = Files::new(false);
+    files.file("data").set_len(SIZE - 4096).unwrap();
+    assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::DataTooShort { .. })));
+    files.file("data").set_len(SIZE).unwrap();
+    let unsealed = File::from(memfd_create(c"presence", MFdFlags::MFD_CLOEXEC).unwrap());
+    unsealed.set_len(4096).unwrap();
+    let files = Files { presence: unsealed, ..files };
+    assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::Presence(_))));
+    let mut map = files.file("map");
+    map.set_len(9000).unwrap();
+    assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::Map(_))));
+    map.write_all(&[0; 8192]).unwrap();
+    assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::Map(_))));
+    assert_eq!(files.file("data").metadata().unwrap().size(), SIZE);
+    assert!(files.presence.as_fd().try_clone_to_owned().is_ok());
+}

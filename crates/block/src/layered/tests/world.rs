@@ -1,0 +1,811 @@
+//! A guest, a volume with several queues, a disk and an agent under one random schedule, beside a model of what the guest may
+//! see.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::disk::{Covered, Rng, SECTOR, SimDisk};
+use crate::layered::buffer::{Buffer, BufferPool, gather, scatter};
+use crate::layered::clock::Clock;
+use crate::layered::core::Core;
+use crate::layered::freeze::{FreezeState, FrozenSet, encode_staged, staged_at};
+use crate::layered::op::FileId;
+use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Mail, Parts, Presence, Shared, Signal, VolumeEvents};
+use crate::layered::{mark_clean, mark_in_use, open_map};
+use crate::map::{self, CHUNK_BYTES, Header, MapSpec, Storage};
+use crate::task::Call;
+use crate::xts::{Xts, XtsKey};
+use crate::{Operation, Request};
+
+pub(super) const CHUNKS: u64 = 250;
+pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES / 512;
+/// Two map pages; chunks 0, 1, 247 and 248 (a page's last and the next one's first) come from the base.
+pub(super) const BASE: [u64; 4] = [0, 1, 247, 248];
+pub(super) const SIZE: u64 = CHUNKS * CHUNK_BYTES;
+
+/// Contents are numbers: 0 is zeros, others fill a sector so that a misplaced one is noticed.
+pub(super) type Value = u64;
+
+pub(super) fn base_value(sector: u64) -> Value {
+    let blank = sector.is_multiple_of(29);
+    if BASE.contains(&(sector / CHUNK_SECTORS)) && !blank { 1 << 60 | sector } else { 0 }
+}
+
+fn fill(value: Value, sector: u64, into: &mut [u8]) {
+    if value == 0 {
+        return into.fill(0);
+    }
+    for (word, at) in into.chunks_exact_mut(8).zip(0u64..) {
+        word.copy_from_slice(&(value ^ at << 40 ^ sector << 48).to_le_bytes());
+    }
+}
+
+fn value_of(sector: u64, bytes: &[u8]) -> Value {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return 0;
+    }
+    let value = u64::from_le_bytes(bytes[..8].try_into().unwrap()) ^ sector << 48;
+    let mut expected = [0u8; SECTOR];
+    fill(value, sector, &mut expected);
+    assert!(expected == bytes, "sector {sector} holds a mixture or another sector's bytes: {value:#x}");
+    value
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Flag(pub(super) AtomicBool);
+
+impl Signal for Flag {
+    fn signal(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Agent {
+    pub(super) present: Mutex<BTreeSet<u64>>,
+    pub(super) asked: Mutex<BTreeSet<u64>>,
+    pub(super) causes: Mutex<Vec<Cause>>,
+    pub(super) impaired: AtomicBool,
+}
+
+impl ChunkFetcher for Agent {
+    fn fetch(&self, chunk: u64) {
+        assert!(BASE.contains(&chunk), "chunk {chunk} is not in the base");
+        self.asked.lock().unwrap().insert(chunk);
+    }
+}
+
+impl VolumeEvents for Agent {
+    fn impaired(&self, cause: Cause) {
+        self.causes.lock().unwrap().push(cause);
+        self.impaired.store(true, Ordering::Relaxed);
+    }
+
+    fn recovered(&self) {
+        self.impaired.store(false, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+struct SimPresence(Arc<Agent>);
+
+impl Presence for SimPresence {
+    fn has(&self, chunk: u64) -> bool {
+        self.0.present.lock().unwrap().contains(&chunk)
+    }
+}
+
+/// A call that the simulated kernel has taken.
+struct Outstanding {
+    index: usize,
+    file: FileId,
+    call: Call<'static>,
+    covered: Option<Covered>,
+    /// Result and id of its changes, once it has taken effect.
+    applied: Option<(Result<u64, i32>, u64)>,
+}
+
+/// A guest's request.
+struct Pending {
+    operation: Operation,
+    first: u64,
+    buffer: Buffer,
+    skip: usize,
+    sectors: u64,
+    /// For a flush: how many values of each sector were acknowledged before.
+    floor: HashMap<u64, usize>,
+}
+
+pub(super) struct Queue {
+    core: Core,
+    pub(super) flag: Arc<Flag>,
+    outstanding: Vec<Outstanding>,
+    pending: BTreeMap<u64, Pending>,
+}
+
+/// Values a sector may have after a power cut, oldest first; the last one is current.
+#[derive(Clone, Debug)]
+struct History {
+    values: Vec<Value>,
+    /// Older values that a flush has put out of reach.
+    dropped: usize,
+    /// Values that were acknowledged, dropped ones included.
+    acked: usize,
+}
+
+impl History {
+    /// A flush covered the first `acked` values.
+    fn raise(&mut self, acked: usize) {
+        let drop = acked.saturating_sub(1 + self.dropped);
+        self.values.drain(..drop);
+        self.dropped += drop;
+    }
+
+    /// The acknowledged value and those of a write in flight.
+    fn possible(&self) -> Vec<Value> {
+        self.values[self.acked - 1 - self.dropped..].to_vec()
+    }
+}
+
+/// What goes wrong by chance, one in so many (0 = never).
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Faults {
+    pub(super) short: u64,
+    pub(super) no_space: u64,
+    pub(super) stage: u64,
+}
+
+pub(super) struct World {
+    pub(super) rng: Rng,
+    pub(super) disk: Arc<SimDisk>,
+    pub(super) agent: Arc<Agent>,
+    pub(super) clock: Arc<AtomicU64>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) queues: Vec<Queue>,
+    pub(super) faults: Faults,
+    header: Header,
+    alignment: Alignment,
+    keys: bool,
+    /// Sectors that a guest request in flight writes.
+    busy: BTreeSet<u64>,
+    /// Sectors that a guest request in flight reads, with counts.
+    reading: HashMap<u64, usize>,
+    histories: HashMap<u64, History>,
+    values: u64,
+    tokens: u64,
+    pub(super) completed: u64,
+    /// What incremental snapshots have gathered, and the instant of the one in progress.
+    backup: HashMap<u64, Value>,
+    instant: Option<(FrozenSet, HashMap<u64, Vec<Value>>)>,
+    pub(super) snapshots: u64,
+    buffers: BufferPool,
+}
+
+fn key(seed: u8) -> XtsKey {
+    let mut bytes = [seed; 64];
+    bytes[63] ^= 1;
+    XtsKey::new(bytes).unwrap()
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let disk = Arc::new(SimDisk::default());
+        let keys = rng.chance(8);
+        let alignment = match rng.below(4) {
+            0 => Alignment { memory: 1, offset: 1 },
+            1 => Alignment { memory: 512, offset: 4096 },
+            _ => Alignment { memory: 512, offset: 512 },
+        };
+        let map = disk.storage(FileId::Map);
+        disk.storage(FileId::Data).set_length(SIZE).unwrap();
+        disk.storage(FileId::Data).sync().unwrap();
+        let spec = MapSpec {
+            volume_id: "vol-0123456789abcdef0".into(),
+            size_bytes: SIZE,
+            base_root: Some([7; 32]),
+            generation: 1,
+            base_chunks: BASE,
+        };
+        map::create(&map, spec).unwrap();
+        let agent = Arc::new(Agent::default());
+        let clock = Arc::new(AtomicU64::new(1));
+        let (header, shared) = open(&disk, &agent, alignment, keys);
+        let mut world = Self {
+            rng,
+            disk,
+            agent,
+            clock,
+            shared,
+            queues: Vec::new(),
+            faults: Faults::default(),
+            header,
+            alignment,
+            keys,
+            busy: BTreeSet::new(),
+            reading: HashMap::new(),
+            histories: HashMap::new(),
+            values: 0,
+            tokens: 0,
+            completed: 0,
+            backup: HashMap::new(),
+            instant: None,
+            snapshots: 0,
+            buffers: BufferPool::default(),
+        };
+        world.add_queues();
+        world
+    }
+
+    fn add_queues(&mut self) {
+        for _ in 0..1 + self.rng.below(2) {
+            let flag = Arc::new(Flag::default());
+            let signal = Arc::clone(&flag) as Arc<dyn Signal>;
+            let core = Core::new(Arc::clone(&self.shared), 16, Some(signal), Clock::Manual(Arc::clone(&self.clock)));
+            self.queues.push(Queue { core, flag, outstanding: Vec::new(), pending: BTreeMap::new() });
+        }
+    }
+
+    fn history(&mut self, sector: u64) -> &mut History {
+        self.histories.entry(sector).or_insert_with(|| History {
+            values: vec![base_value(sector)],
+            dropped: 0,
+            acked: 1,
+        })
+    }
+
+    fn current(&self, sector: u64) -> Value {
+        self.histories.get(&sector).map_or_else(|| base_value(sector), |history| *history.values.last().unwrap())
+    }
+
+    /// A place and length that requests meet at: chunk, page and volume ends, and one blank chunk.
+    fn range(&mut self) -> (u64, u64) {
+        let end = SIZE / 512;
+        let centres = [40, CHUNK_SECTORS, 2 * CHUNK_SECTORS + 40, 248 * CHUNK_SECTORS, end - 40];
+        let centre = centres[self.rng.below(centres.len() as u64) as usize];
+        let mut first = centre + self.rng.below(64) - 32;
+        let mut sectors = 1 + self.rng.below(24);
+        if self.rng.chance(3) {
+            first &= !7;
+            sectors = (sectors + 7) & !7;
+        }
+        (first, sectors.min(end - first))
+    }
+
+    /// Submits a random request, if the ones in flight leave it room.
+    pub(super) fn submit(&mut self) {
+        let which = self.rng.below(self.queues.len() as u64) as usize;
+        if self.queues[which].core.in_flight() >= 12 {
+            return;
+        }
+        let (first, mut sectors) = self.range();
+        let operation = match self.rng.below(20) {
+            0..7 => Operation::Read,
+            7..14 => Operation::Write,
+            14..16 => Operation::Discard,
+            16..18 => Operation::WriteZeroes { may_unmap: self.rng.chance(2) },
+            _ => Operation::Flush,
+        };
+        if operation == Operation::Flush {
+            sectors = 0;
+        }
+        let range = first..first + sectors;
+        // Requests that race for a sector have no one right answer; those that share a block do.
+        let conflict = |sector: u64| {
+            self.busy.contains(&sector) || (operation != Operation::Read && self.reading.contains_key(&sector))
+        };
+        if range.clone().any(conflict) {
+            return;
+        }
+        self.start(which, operation, first, sectors);
+    }
+
+    pub(super) fn start(&mut self, which: usize, operation: Operation, first: u64, sectors: u64) {
+        let range = first..first + sectors;
+        let skip = if self.rng.chance(4) { 8 } else { 512 * self.rng.below(2) as usize };
+        let mut buffer = self.buffers.take(sectors as usize * SECTOR + skip + 1);
+        let mut floor = HashMap::new();
+        match operation {
+            Operation::Write => {
+                self.values += 1;
+                let value = self.values;
+                for (sector, bytes) in range.clone().zip(buffer.bytes()[skip..].chunks_exact_mut(SECTOR)) {
+                    fill(value, sector, bytes);
+                    self.history(sector).values.push(value);
+                }
+                self.busy.extend(range);
+            }
+            Operation::WriteZeroes { .. } => {
+                range.clone().for_each(|sector| self.history(sector).values.push(0));
+                self.busy.extend(range);
+            }
+            Operation::Discard => {
+                // Whole blocks read as zeros; the rest keeps its content.
+                for sector in range.clone() {
+                    if whole_block(sector, &range) {
+                        self.history(sector).values.push(0);
+                    }
+                }
+                self.busy.extend(range);
+            }
+            Operation::Read => range.for_each(|sector| *self.reading.entry(sector).or_default() += 1),
+            Operation::Flush => {
+                floor = self.histories.iter().map(|(sector, history)| (*sector, history.acked)).collect()
+            }
+        }
+        self.tokens += 1;
+        let bytes = sectors as usize * SECTOR;
+        let cut = self.rng.below(sectors.max(1)) as usize * SECTOR;
+        let buffers = [buffer.iovec(skip, cut), buffer.iovec(skip + cut, bytes - cut)];
+        let moves = matches!(operation, Operation::Read | Operation::Write);
+        let request = Request {
+            operation,
+            offset: first * 512,
+            length: bytes as u64,
+            buffers: if moves { &buffers } else { &[] },
+            token: self.tokens,
+        };
+        let queue = &mut self.queues[which];
+        // SAFETY: the buffer lives in `pending` until the request is done or its queue is gone.
+        unsafe { queue.core.submit(&request).unwrap() };
+        queue.pending.insert(self.tokens, Pending { operation, first, buffer, skip, sectors, floor });
+    }
+
+    /// Moves calls of a queue into the simulated kernel.
+    pub(super) fn issue(&mut self, which: usize, most: usize) {
+        for _ in 0..most {
+            let queue = &mut self.queues[which];
+            let Some(index) = queue.core.next_call() else { return };
+            let (file, call) = queue.core.call(index).unwrap();
+            check_alignment(self.alignment, file, &call);
+            // SAFETY: only the lifetime changes; the transfer keeps the iovecs until `finish`.
+            let call = unsafe { std::mem::transmute::<Call<'_>, Call<'static>>(call) };
+            let covered = matches!(call, Call::Fdatasync).then(|| self.disk.sync_begins(file));
+            queue.outstanding.push(Outstanding { index, file, call, covered, applied: None });
+        }
+    }
+
+    /// One call takes effect.
+    pub(super) fn apply(&mut self, which: usize) {
+        let queue = &mut self.queues[which];
+        let waiting: Vec<usize> =
+            (0..queue.outstanding.len()).filter(|at| queue.outstanding[*at].applied.is_none()).collect();
+        if waiting.is_empty() {
+            return;
+        }
+        let at = waiting[self.rng.below(waiting.len() as u64) as usize];
+        let applied = self.effect(which, at);
+        self.queues[which].outstanding[at].applied = Some(applied);
+    }
+
+    fn effect(&mut self, which: usize, at: usize) -> (Result<u64, i32>, u64) {
+        let Faults { short, no_space, stage } = self.faults;
+        let rng = &mut self.rng;
+        let mut fails = |of: u64| of > 0 && rng.chance(of);
+        let taken = &self.queues[which].outstanding[at];
+        let file = taken.file;
+        if file == FileId::Stage && fails(stage) {
+            return (Err(libc::EIO), 0);
+        }
+        if matches!(file, FileId::Data | FileId::Map)
+            && matches!(taken.call, Call::Writev { .. } | Call::Fallocate { .. })
+            && fails(no_space)
+        {
+            return (Err(libc::ENOSPC), 0);
+        }
+        let total = |iovecs: &[libc::iovec]| iovecs.iter().map(|iovec| iovec.iov_len).sum::<usize>();
+        match taken.call {
+            Call::Readv { iovecs, offset } => {
+                let mut bytes = vec![0; total(iovecs)];
+                if bytes.len() > 4096 && fails(short) {
+                    bytes.truncate(4096);
+                }
+                if file == FileId::Base {
+                    self.read_base(offset, &mut bytes);
+                } else {
+                    self.disk.read(file, offset, &mut bytes);
+                }
+                // SAFETY: the request's buffers are alive while it is outstanding.
+                unsafe { scatter(&bytes, iovecs) };
+                (Ok(bytes.len() as u64), 0)
+            }
+            Call::Writev { iovecs, offset } => {
+                let mut bytes = vec![0; total(iovecs)];
+                if bytes.len() > 4096 && fails(short) {
+                    bytes.truncate(4096);
+                }
+                // SAFETY: as above.
+                unsafe { gather(iovecs, &mut bytes) };
+                let id = self.disk.write(file, offset, &bytes, false);
+                (Ok(bytes.len() as u64), id)
+            }
+            Call::Fdatasync => {
+                self.disk.sync_ends(file, taken.covered.as_ref().unwrap());
+                (Ok(0), 0)
+            }
+            Call::Fallocate { offset, length, .. } => (Ok(0), self.disk.zero(file, offset, length)),
+        }
+    }
+
+    fn read_base(&self, offset: u64, into: &mut [u8]) {
+        let present = self.agent.present.lock().unwrap();
+        assert!(into.len().is_multiple_of(SECTOR) && offset.is_multiple_of(512));
+        for (sector, bytes) in (offset / 512..).zip(into.chunks_exact_mut(SECTOR)) {
+            assert!(present.contains(&(sector / CHUNK_SECTORS)), "sector {sector} of the base is not there");
+            fill(base_value(sector), sector, bytes);
+        }
+        if self.keys {
+            // Stored under the base's key; blank units are holes.
+            for (unit, at) in into.chunks_exact_mut(SECTOR).zip((offset..).step_by(SECTOR)) {
+                if unit.iter().any(|byte| *byte != 0) {
+                    Xts::new(&key(2)).encrypt(unit, at);
+                }
+            }
+        }
+    }
+
+    /// One call that took effect is answered; what the volume completes is checked.
+    pub(super) fn answer(&mut self, which: usize) {
+        let queue = &mut self.queues[which];
+        let applied: Vec<usize> =
+            (0..queue.outstanding.len()).filter(|at| queue.outstanding[*at].applied.is_some()).collect();
+        if !applied.is_empty() {
+            let at = applied[self.rng.below(applied.len() as u64) as usize];
+            let taken = queue.outstanding.swap_remove(at);
+            let (result, id) = taken.applied.unwrap();
+            if id > 0 {
+                self.disk.complete(taken.file, id);
+            }
+            queue.core.finish(taken.index, result);
+        }
+        self.drain(which);
+    }
+
+    /// A queue's thread sleeps until its descriptor is readable or its timer rings.
+    pub(super) fn wake(&mut self, which: usize) -> bool {
+        let now = self.clock.load(Ordering::Relaxed);
+        let queue = &mut self.queues[which];
+        let rung = queue.flag.0.swap(false, Ordering::Relaxed);
+        if rung || queue.core.next_wakeup().is_some_and(|at| at <= now) {
+            queue.core.turn();
+            self.drain(which);
+            return true;
+        }
+        false
+    }
+
+    pub(super) fn drain(&mut self, which: usize) {
+        while let Some(completion) = self.queues[which].core.pop_done() {
+            let pending = self.queues[which].pending.remove(&completion.token).unwrap();
+            assert!(completion.result.is_ok(), "{:?}", completion.result);
+            self.check(pending);
+            self.completed += 1;
+        }
+    }
+
+    fn check(&mut self, mut pending: Pending) {
+        let range = pending.first..pending.first + pending.sectors;
+        match pending.operation {
+            Operation::Read => {
+                let bytes = &pending.buffer.bytes()[pending.skip..];
+                for (sector, bytes) in range.zip(bytes.chunks_exact(SECTOR)) {
+                    let found = value_of(sector, bytes);
+                    let expected = self.current(sector);
+                    assert_eq!(found, expected, "read of sector {sector}");
+                    if let Some(count) = self.reading.get_mut(&sector) {
+                        *count -= 1;
+                        if *count == 0 {
+                            self.reading.remove(&sector);
+                        }
+                    }
+                }
+            }
+            Operation::Flush => {
+                // What was acknowledged before the flush was asked for can no longer be lost.
+                for (sector, acked) in &pending.floor {
+                    self.history(*sector).raise(*acked);
+                }
+            }
+            _ => {
+                for sector in range {
+                    self.busy.remove(&sector);
+                    let history = self.history(sector);
+                    history.acked = history.dropped + history.values.len();
+                }
+            }
+        }
+        self.buffers.give(pending.buffer);
+    }
+}
+
+fn whole_block(sector: u64, range: &std::ops::Range<u64>) -> bool {
+    range.start <= sector & !7 && (sector | 7) < range.end
+}
+
+fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
+    let (Call::Readv { iovecs, offset } | Call::Writev { iovecs, offset }) = call else { return };
+    if file != FileId::Data || alignment.memory == 1 {
+        return;
+    }
+    let length: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+    let aligned = iovecs.iter().all(|i| (i.iov_base as usize | i.iov_len).is_multiple_of(alignment.memory));
+    assert!(aligned, "unaligned buffers reach the disk");
+    assert!((offset | length as u64).is_multiple_of(alignment.offset), "unaligned range reaches the disk");
+}
+
+fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: bool) -> (Header, Arc<Shared>) {
+    let map = disk.storage(FileId::Map);
+    let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), 1, true).unwrap();
+    mark_in_use(&map, &mut header).unwrap();
+    let parts = Parts {
+        bits,
+        alignment,
+        data_key: keys.then(|| Xts::new(&key(1))),
+        base_key: keys.then(|| Xts::new(&key(2))),
+        presence: Box::new(SimPresence(Arc::clone(agent))),
+        fetcher: Arc::clone(agent) as Arc<dyn ChunkFetcher>,
+        events: Arc::clone(agent) as Arc<dyn VolumeEvents>,
+    };
+    (header, Arc::new(Shared::new(parts)))
+}
+
+/// How a process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The host loses power.
+    Power,
+    /// The process is killed; the host goes on.
+    Kill,
+    /// In order.
+    Clean,
+}
+
+impl World {
+    /// One random step of anybody.
+    pub(super) fn step(&mut self) {
+        let which = self.rng.below(self.queues.len() as u64) as usize;
+        match self.rng.below(100) {
+            0..30 => self.submit(),
+            30..52 => {
+                let most = 1 + self.rng.below(4) as usize;
+                self.issue(which, most);
+            }
+            52..68 => self.apply(which),
+            68..84 => self.answer(which),
+            84..90 => {
+                self.wake(which);
+            }
+            90..95 => self.fetch(),
+            95..99 => self.snapshot_step(),
+            _ => {
+                self.clock.fetch_add(self.rng.below(1_500_000_000), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The agent brings a chunk that was asked for.
+    fn fetch(&mut self) {
+        let asked = self.agent.asked.lock().unwrap().pop_first();
+        if let Some(chunk) = asked {
+            self.agent.present.lock().unwrap().insert(chunk);
+            self.shared.presence_changed();
+        }
+    }
+
+    fn snapshot_step(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut coord = shared.coord();
+        match coord.freeze.state {
+            FreezeState::Idle if self.rng.chance(3) => {
+                coord.freeze.state = FreezeState::Preparing;
+                let queue = coord.any_queue().unwrap();
+                coord.post(queue, Mail::Freeze, None);
+            }
+            FreezeState::Preparing if self.rng.chance(40) => {
+                coord.freeze.abandon(libc::ECANCELED);
+                coord.wake_blocked(None);
+                coord.wake_flushes(None);
+            }
+            FreezeState::Ready => {
+                assert!(coord.is_quiet());
+                let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
+                self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
+                let possible = self.histories.iter().map(|(sector, history)| (*sector, history.possible())).collect();
+                coord.begin_freeze(set.clone());
+                coord.wake_blocked(None);
+                self.instant = Some((set, possible));
+            }
+            FreezeState::Frozen => {
+                let set = self.instant.as_ref().unwrap().0.clone();
+                let left: Vec<u64> = set.iter().filter(|chunk| coord.freeze.needs_copy(*chunk)).collect();
+                if coord.freeze.broken || (!left.is_empty() && self.rng.chance(20)) {
+                    coord.end_freeze(true);
+                    coord.wake_blocked(None);
+                    self.instant = None;
+                } else if left.is_empty() {
+                    coord.end_freeze(false);
+                    coord.wake_blocked(None);
+                    drop(coord);
+                    self.finish_snapshot(true);
+                } else {
+                    let chunk = left[self.rng.below(left.len() as u64) as usize];
+                    let queue = coord.any_queue().unwrap();
+                    coord.post(queue, Mail::Stage { chunk }, None);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The agent takes the frozen chunks, from the stage where they are there and else from the volume, and the snapshot with
+    /// what earlier ones had is the volume at its instant.
+    fn finish_snapshot(&mut self, all_staged: bool) {
+        let (set, possible) = self.instant.take().unwrap();
+        for chunk in set.iter() {
+            let mut mark = [0];
+            self.disk.read(FileId::Staged, staged_at(CHUNKS, chunk), &mut mark);
+            assert!(mark == [1] || !all_staged);
+            let first = chunk * CHUNK_SECTORS;
+            // Sectors that were never written, too.
+            let extra = (0..4).map(|_| first + self.rng.below(CHUNK_SECTORS)).collect::<Vec<_>>();
+            let known = self.histories.keys().copied().filter(|sector| sector / CHUNK_SECTORS == chunk);
+            for sector in known.chain(extra).collect::<Vec<_>>() {
+                let value = if mark == [1] { self.stored(FileId::Stage, sector) } else { self.content(sector) };
+                self.backup.insert(sector, value);
+            }
+        }
+        for sector in self.histories.keys().chain(self.backup.keys()) {
+            let found = self.backup.get(sector).copied().unwrap_or_else(|| base_value(*sector));
+            match possible.get(sector) {
+                Some(possible) => {
+                    assert!(possible.contains(&found), "snapshot of sector {sector}: {found:#x} not in {possible:x?}")
+                }
+                None => assert_eq!(found, base_value(*sector), "snapshot of untouched sector {sector}"),
+            }
+        }
+        self.snapshots += 1;
+    }
+
+    fn stored(&self, file: FileId, sector: u64) -> Value {
+        let mut bytes = [0u8; SECTOR];
+        self.disk.read(file, sector * 512, &mut bytes);
+        if self.keys {
+            Xts::new(&key(1)).decrypt(&mut bytes, sector * 512);
+        }
+        value_of(sector, &bytes)
+    }
+
+    /// What the volume holds, by its bits, without the engine.
+    fn content(&self, sector: u64) -> Value {
+        let local = self.shared.coord().bits.is_local(sector / 8);
+        if local { self.stored(FileId::Data, sector) } else { base_value(sector) }
+    }
+
+    /// Lets everything in flight end, without faults.
+    ///
+    /// # Panics
+    /// When something waits for ever.
+    pub(super) fn quiesce(&mut self) {
+        let faults = std::mem::take(&mut self.faults);
+        let mut idle = 0;
+        while self.queues.iter().any(|queue| !queue.pending.is_empty()) {
+            let before = self.completed;
+            let mut progress = false;
+            while self.agent.asked.lock().unwrap().first().is_some() {
+                self.fetch();
+                progress = true;
+            }
+            self.leave_ready();
+            for which in 0..self.queues.len() {
+                self.issue(which, usize::MAX);
+                progress |= !self.queues[which].outstanding.is_empty();
+                while !self.queues[which].outstanding.is_empty() {
+                    self.apply(which);
+                    self.answer(which);
+                    self.issue(which, usize::MAX);
+                }
+                progress |= self.wake(which);
+                self.drain(which);
+            }
+            progress |= self.completed > before;
+            if progress {
+                idle = 0;
+                continue;
+            }
+            idle += 1;
+            let waits_for_time = self.shared.coord().stalls > 0;
+            assert!(waits_for_time && idle < 10, "requests hang: {:?}", self.shared.coord());
+            self.clock.fetch_add(1_100_000_000, Ordering::Relaxed);
+        }
+        self.faults = faults;
+    }
+
+    /// A gate that is closed stays so until the agent freezes or gives up.
+    fn leave_ready(&mut self) {
+        let mut coord = self.shared.coord();
+        if coord.freeze.state == FreezeState::Ready {
+            coord.freeze.abandon(libc::ECANCELED);
+            coord.wake_blocked(None);
+        }
+    }
+
+    /// Ends the process, opens the volume again and checks what it holds.
+    pub(super) fn end(&mut self, end: End) {
+        if end == End::Clean {
+            self.quiesce();
+        }
+        let shared = Arc::clone(&self.shared);
+        for which in 0..self.queues.len() {
+            for at in 0..self.queues[which].outstanding.len() {
+                if self.queues[which].outstanding[at].applied.is_none() && self.rng.chance(2) {
+                    let _ = self.effect(which, at);
+                }
+            }
+        }
+        if end == End::Clean {
+            self.close_clean();
+        }
+        self.queues.clear();
+        self.disk.complete_all();
+        if end == End::Power {
+            self.disk.power_cut(&mut self.rng);
+            // The stage does not outlive the host's boot.
+            self.instant = None;
+            // The base does not either, as far as anybody knows.
+            self.agent.present.lock().unwrap().clear();
+        }
+        let broken = shared.coord().freeze.broken;
+        drop(shared);
+        self.agent.asked.lock().unwrap().clear();
+        let (header, shared) = open(&self.disk, &self.agent, self.alignment, self.keys);
+        (self.header, self.shared) = (header, shared);
+        self.busy.clear();
+        self.reading.clear();
+        if self.instant.is_some() {
+            if broken || end == End::Clean {
+                self.instant = None;
+            } else {
+                self.finish_snapshot(false);
+            }
+        }
+        for sector in self.histories.keys().copied().collect::<Vec<_>>() {
+            let found = self.content(sector);
+            let history = self.histories.get_mut(&sector).unwrap();
+            if end == End::Clean {
+                assert_eq!(found, *history.values.last().unwrap(), "sector {sector} after a clean close");
+            }
+            assert!(history.values.contains(&found), "sector {sector} after {end:?}: {found:#x} not in {history:x?}");
+            if end != End::Kill {
+                history.values.clear();
+                history.dropped = 0;
+            }
+            history.values.push(found);
+            history.acked = history.dropped + history.values.len();
+        }
+        self.add_queues();
+    }
+
+    /// As `LayeredVolume::close_clean`.
+    fn close_clean(&mut self) {
+        {
+            let mut coord = self.shared.coord();
+            coord.end_freeze(true);
+            coord.bits.include_dirty();
+            coord.wake_blocked(None);
+        }
+        self.instant = None;
+        // What a freeze's preparation left behind ends, too.
+        for which in 0..self.queues.len() {
+            self.queues[which].core.turn();
+            self.start(which, Operation::Flush, 0, 0);
+        }
+        self.quiesce();
+        mark_clean(&self.disk.storage(FileId::Map), &mut self.header).unwrap();
+    }
+
+    /// Chunks that hold something a guest wrote since they were last backed up (at least).
+    pub(super) fn dirty(&self) -> Vec<u64> {
+        self.shared.coord().bits.dirty_chunks()
+    }
+}
