@@ -267,7 +267,7 @@ impl Core {
             for each in mail.drain(..) {
                 match each {
                     Mail::Wake { op, birth } => self.wake(op, birth, coord),
-                    Mail::Freeze => self.begin_prepare(coord),
+                    Mail::Freeze { attempt } => self.begin_prepare(attempt, coord),
                     Mail::Stage { chunk } => {
                         self.demands.push_back(chunk);
                         self.run_demands(coord);
@@ -452,8 +452,8 @@ impl Core {
                     coord.flush.unsynced = true;
                 }
                 Kind::Copy { chunk } => coord.freeze.copies.retain(|each| *each != chunk),
-                Kind::Prepare(_) => coord.freeze.abandon(libc::ECANCELED),
-                Kind::Guest(_) => {}
+                Kind::Prepare(_) if op.token == coord.freeze.attempt => coord.freeze.abandon(libc::ECANCELED),
+                Kind::Guest(_) | Kind::Prepare(_) => {}
             }
         }
         let mut orphans: Vec<Mail> = self.demands.drain(..).map(|chunk| Mail::Stage { chunk }).collect();
@@ -461,8 +461,8 @@ impl Core {
         coord.remove_queue(self.id);
         for mail in orphans {
             match (coord.any_queue(), mail) {
-                (Some(other), Mail::Freeze | Mail::Stage { .. }) => coord.post(other, mail, None),
-                (None, Mail::Freeze) => coord.freeze.abandon(libc::ECANCELED),
+                (Some(other), Mail::Freeze { .. } | Mail::Stage { .. }) => coord.post(other, mail, None),
+                (None, Mail::Freeze { .. }) => coord.freeze.abandon(libc::ECANCELED),
                 _ => {}
             }
         }

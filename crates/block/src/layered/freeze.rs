@@ -99,6 +99,8 @@ pub enum FreezeState {
 #[derive(Debug, Default)]
 pub(crate) struct Freeze {
     pub(crate) state: FreezeState,
+    /// Number of the last preparation: one that was called off must not go on as part of the next.
+    pub(crate) attempt: u64,
     /// New writes wait.
     pub(crate) gate: bool,
     pub(crate) frozen: FrozenSet,
@@ -115,6 +117,12 @@ impl Freeze {
     /// The chunk must be in the stage before it may change.
     pub(crate) fn needs_copy(&self, chunk: u64) -> bool {
         self.state == FreezeState::Frozen && !self.broken && self.frozen.contains(chunk) && !self.staged.contains(chunk)
+    }
+
+    /// Nothing is under way, but for copies that still run.
+    pub(crate) fn reset(&mut self) {
+        let (attempt, copies) = (self.attempt, std::mem::take(&mut self.copies));
+        *self = Self { attempt, copies, ..Self::default() };
     }
 
     /// Calls a preparation off.

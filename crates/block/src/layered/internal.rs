@@ -293,20 +293,19 @@ impl Core {
         self.run_demands(coord);
     }
 
-    pub(super) fn begin_prepare(&mut self, coord: &mut Coord) {
-        if coord.freeze.state != FreezeState::Preparing {
-            return;
-        }
+    pub(super) fn begin_prepare(&mut self, attempt: u64, coord: &mut Coord) {
         let index = self.ops.take();
         let birth = coord.birth();
         if let Some(op) = self.ops.get(index) {
             op.begin(Kind::Prepare(PrepareStep::Flush), birth, 0, 0);
+            op.token = attempt;
         }
         self.pump_prepare(index, PrepareStep::Flush, coord);
     }
 
     pub(super) fn pump_prepare(&mut self, index: usize, step: PrepareStep, coord: &mut Coord) {
-        if coord.freeze.state != FreezeState::Preparing {
+        let attempt = self.ops.get(index).map_or(0, |op| op.token);
+        if coord.freeze.state != FreezeState::Preparing || coord.freeze.attempt != attempt {
             // Called off.
             return self.release(index);
         }

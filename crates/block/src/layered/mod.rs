@@ -205,7 +205,7 @@ impl LayeredVolume {
     /// # Errors
     /// Another freeze is under way.
     pub fn freeze_prepare(&self) -> Result<(), BlockError> {
-        let queued = {
+        let left = {
             let mut coord = self.shared.coord();
             let state = coord.freeze.state;
             if coord.closed {
@@ -214,17 +214,18 @@ impl LayeredVolume {
             if state != FreezeState::Idle {
                 return Err(BlockError::FreezeState(state, FreezeState::Idle));
             }
-            coord.freeze.state = FreezeState::Preparing;
-            coord.freeze.error = None;
-            let queue = coord.any_queue();
-            if let Some(queue) = queue {
-                coord.post(queue, Mail::Freeze, None);
+            let mail = coord.begin_prepare();
+            match coord.any_queue() {
+                Some(queue) => {
+                    coord.post(queue, mail, None);
+                    None
+                }
+                None => Some(mail),
             }
-            queue.is_some()
         };
-        if !queued {
+        if let Some(mail) = left {
             let mut inline = self.inline();
-            inline.mail(Mail::Freeze);
+            inline.mail(mail);
             inline.run(|core| core.freeze_state() != FreezeState::Preparing)?;
         }
         Ok(())

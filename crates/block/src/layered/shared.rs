@@ -107,9 +107,17 @@ pub(crate) struct Waiter {
 /// What one thread tells a queue of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mail {
-    Wake { op: usize, birth: u64 },
-    Freeze,
-    Stage { chunk: u64 },
+    Wake {
+        op: usize,
+        birth: u64,
+    },
+    /// Prepare a freeze, by its number.
+    Freeze {
+        attempt: u64,
+    },
+    Stage {
+        chunk: u64,
+    },
     LimitsChanged,
 }
 
@@ -314,14 +322,23 @@ impl Coord {
         self.exclusive.iter().copied().filter(|block| range.contains(block)).min()
     }
 
+    /// Begins a preparation; the mail is for one of the queues.
+    pub(crate) fn begin_prepare(&mut self) -> Mail {
+        self.freeze.reset();
+        self.freeze.state = FreezeState::Preparing;
+        self.freeze.attempt += 1;
+        Mail::Freeze { attempt: self.freeze.attempt }
+    }
+
     /// Fixes the point in time: what is DIRTY becomes `set`.
     pub(crate) fn begin_freeze(&mut self, set: FrozenSet) {
         for chunk in set.iter() {
             self.bits.clear_dirty(chunk);
         }
         let staged = FrozenSet::of(set.chunks, &[]);
-        let copies = std::mem::take(&mut self.freeze.copies);
-        self.freeze = Freeze { state: FreezeState::Frozen, frozen: set, staged, copies, ..Freeze::default() };
+        self.freeze.reset();
+        self.freeze.state = FreezeState::Frozen;
+        (self.freeze.frozen, self.freeze.staged) = (set, staged);
     }
 
     /// Ends a freeze, or calls its preparation off.
@@ -331,8 +348,7 @@ impl Coord {
                 self.bits.set_dirty(chunk);
             }
         }
-        let copies = std::mem::take(&mut self.freeze.copies);
-        self.freeze = Freeze { copies, ..Freeze::default() };
+        self.freeze.reset();
     }
 
     /// Nothing is changing the volume.

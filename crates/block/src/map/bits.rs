@@ -1,5 +1,6 @@
 //! LOCAL and DIRTY bits in memory. Pure.
 
+use std::fmt;
 use std::ops::Range;
 
 use super::create::blank;
@@ -75,13 +76,21 @@ pub(crate) struct PageWrite {
 }
 
 /// All pages of a map.
-#[derive(Debug)]
 pub(crate) struct Bits {
     volume_id: [u8; 32],
     size_bytes: u64,
     pages: Vec<Page>,
     /// Pages with `changed` set.
     changed: Vec<u64>,
+}
+
+impl fmt::Debug for Bits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bits")
+            .field("size_bytes", &self.size_bytes)
+            .field("changed", &self.changed)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Bits {

@@ -2,9 +2,11 @@
 //! `HEARTH_CRASHES` sets how many crashes a test makes.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use super::world::{End, Faults, World};
+use super::world::{BASE, CHUNK_SECTORS, CHUNKS, End, Faults, World};
+use crate::{Cause, Operation};
 
 /// Crashes per test run, unless the environment says otherwise.
 const CRASHES: u64 = 22_000;
@@ -35,13 +37,22 @@ fn episodes(crashes: u64, mut episode: impl FnMut(u64) -> u64) -> u64 {
     done
 }
 
+/// What a run went through, so that one that tests nothing is noticed.
+#[derive(Default)]
+struct Seen {
+    crashes: u64,
+    requests: u64,
+    snapshots: u64,
+    impaired: u64,
+}
+
 /// One volume's life of several processes, each of which ends by a crash or in order. Returns the number of crashes.
-fn life(seed: u64, ends: &[End], faults: Faults) -> u64 {
+fn life(seed: u64, steps: u64, ends: &[End], faults: Faults, seen: &mut Seen) -> u64 {
     let mut world = World::new(seed);
     let mut crashes = 0;
     for _ in 0..8 {
         world.faults = faults;
-        for _ in 0..20 + world.rng.below(260) {
+        for _ in 0..20 + world.rng.below(steps) {
             world.step();
         }
         let end = ends[world.rng.below(ends.len() as u64) as usize];
@@ -49,15 +60,115 @@ fn life(seed: u64, ends: &[End], faults: Faults) -> u64 {
         crashes += u64::from(end != End::Clean);
     }
     world.quiesce();
+    assert!(!world.agent.impaired.load(Ordering::Relaxed) || faults.stage > 0, "nobody told that the volume recovered");
+    seen.crashes += crashes;
+    seen.requests += world.completed;
+    seen.snapshots += world.snapshots;
+    seen.impaired += world.agent.causes.lock().unwrap().len() as u64;
     crashes
 }
 
-/// Invariants 1 and 2: flushed data survives any crash, and a block never returns anything but what was written to it since
-/// the last flush, or what was flushed, or the base.
+fn lives(crashes: u64, steps: u64, ends: &[End], faults: Faults) -> Seen {
+    let mut seen = Seen::default();
+    episodes(number("HEARTH_CRASHES").unwrap_or(crashes), |seed| life(seed, steps, ends, faults, &mut seen));
+    let Seen { crashes, requests, snapshots, impaired } = &seen;
+    eprintln!("{crashes} crashes, {requests} requests, {snapshots} snapshots, {impaired} impairments");
+    seen
+}
+
+/// Invariants 1, 2 and 7: flushed data survives any crash; a block never returns anything but what was written to it since the
+/// last flush, or what was flushed, or the base; what was discarded or zeroed stays so.
 #[test]
-fn flushed_data_survives_power_cuts_and_nothing_else_appears() {
-    let crashes = number("HEARTH_CRASHES").unwrap_or(CRASHES);
-    let faults = Faults { short: 20, no_space: 0, stage: 0 };
-    let done = episodes(crashes, |seed| life(seed, &[End::Power, End::Power, End::Kill, End::Clean], faults));
-    eprintln!("{done} crashes");
+fn flushed_data_survives_crashes_and_nothing_else_appears() {
+    let ends = [End::Power, End::Power, End::Kill, End::Clean];
+    let seen = lives(CRASHES, 260, &ends, Faults { short: 20, ..Faults::default() });
+    assert!(seen.requests > seen.crashes * 5);
+}
+
+/// Invariant 3: a snapshot is the volume at its instant, whatever crashes, fails or is written meanwhile; and what a snapshot
+/// does not read is what the ones before it had.
+#[test]
+fn a_snapshot_is_its_instant_whatever_crashes() {
+    let seen = lives(CRASHES / 5, 900, &[End::Kill, End::Kill, End::Clean, End::Power], Faults::default());
+    assert!(seen.snapshots > seen.crashes / 10, "{} snapshots", seen.snapshots);
+    let faults = Faults { stage: 12, short: 20, ..Faults::default() };
+    let seen = lives(CRASHES / 10, 900, &[End::Kill, End::Clean], faults);
+    assert!(seen.snapshots > seen.crashes / 10 && seen.impaired > seen.crashes / 100);
+}
+
+/// Writes wait for space instead of failing, and nothing is lost meanwhile.
+#[test]
+fn a_full_host_stalls_and_loses_nothing() {
+    let faults = Faults { no_space: 6, short: 20, ..Faults::default() };
+    let seen = lives(CRASHES / 8, 260, &[End::Power, End::Kill, End::Clean], faults);
+    assert!(seen.impaired > seen.crashes / 4);
+}
+
+/// A failed sync is final: no later write or flush succeeds, and the map is never marked clean.
+#[test]
+fn a_failed_sync_is_final() {
+    for seed in 0..200 {
+        let mut world = World::new(seed);
+        for _ in 0..100 {
+            world.step();
+        }
+        world.quiesce();
+        world.faults.sync = 1;
+        world.expects_failure = true;
+        world.start(0, Operation::Write, 8 * 64, 8);
+        world.start(0, Operation::Flush, 0, 0);
+        // The write is in flight beside the flush; a second one cannot be missed.
+        world.run_dry();
+        world.start(0, Operation::Flush, 0, 0);
+        world.run_dry();
+        world.faults.sync = 0;
+        let failures = world.failures;
+        assert!(failures > 0);
+        world.start(0, Operation::Flush, 0, 0);
+        world.start(0, Operation::Write, 8 * 80, 8);
+        world.start(0, Operation::Discard, 8 * 90, 8);
+        world.run_dry();
+        assert_eq!(world.failures, failures + 3, "seed {seed}");
+        assert!(world.agent.causes.lock().unwrap().iter().any(|cause| matches!(cause, Cause::SyncFailed { .. })));
+        // Reads go on.
+        world.start(0, Operation::Read, 8 * 200, 8);
+        world.run_dry();
+        assert_eq!(world.failures, failures + 3);
+    }
+}
+
+/// Across clean closes DIRTY is exact: what was written, and nothing else.
+#[test]
+fn dirty_bits_are_exact_across_clean_closes() {
+    let mut world = World::new(7);
+    world.start(0, Operation::Write, 3 * CHUNK_SECTORS, 8);
+    world.quiesce();
+    world.end(End::Clean);
+    assert_eq!(world.dirty(), [3]);
+    world.start(0, Operation::Discard, 5 * CHUNK_SECTORS - 8, 16);
+    world.start(0, Operation::Read, 0, 8);
+    world.quiesce();
+    world.end(End::Clean);
+    assert_eq!(world.dirty(), [3, 4, 5]);
+    world.end(End::Kill);
+    let local = (0..CHUNKS).filter(|chunk| !BASE.contains(chunk)).collect::<Vec<_>>();
+    assert_eq!(world.dirty(), local);
+}
+
+/// Invariant 7 by itself: a base block that was discarded, and a blank one, read as zeros after any power cut that follows a
+/// flush.
+#[test]
+fn discarded_and_blank_ranges_never_show_old_data() {
+    for seed in 0..300 {
+        let mut world = World::new(seed);
+        world.start(0, Operation::Write, 2 * CHUNK_SECTORS, 16);
+        world.quiesce();
+        world.start(0, Operation::Discard, 0, 64);
+        world.start(0, Operation::Discard, 2 * CHUNK_SECTORS, 16);
+        world.quiesce();
+        world.start(0, Operation::Flush, 0, 0);
+        world.quiesce();
+        world.end(End::Power);
+        assert!((0..64).chain(2 * CHUNK_SECTORS..2 * CHUNK_SECTORS + 32).all(|sector| world.content(sector) == 0));
+    }
 }

@@ -154,6 +154,7 @@ pub(super) struct Faults {
     pub(super) short: u64,
     pub(super) no_space: u64,
     pub(super) stage: u64,
+    pub(super) sync: u64,
 }
 
 pub(super) struct World {
@@ -175,6 +176,9 @@ pub(super) struct World {
     values: u64,
     tokens: u64,
     pub(super) completed: u64,
+    /// Requests may fail, and then are no longer followed by the model.
+    pub(super) expects_failure: bool,
+    pub(super) failures: u64,
     /// What incremental snapshots have gathered, and the instant of the one in progress.
     backup: HashMap<u64, Value>,
     instant: Option<(FrozenSet, HashMap<u64, Vec<Value>>)>,
@@ -229,6 +233,8 @@ impl World {
             values: 0,
             tokens: 0,
             completed: 0,
+            expects_failure: false,
+            failures: 0,
             backup: HashMap::new(),
             instant: None,
             snapshots: 0,
@@ -380,7 +386,7 @@ impl World {
     }
 
     fn effect(&mut self, which: usize, at: usize) -> (Result<u64, i32>, u64) {
-        let Faults { short, no_space, stage } = self.faults;
+        let Faults { short, no_space, stage, sync } = self.faults;
         let rng = &mut self.rng;
         let mut fails = |of: u64| of > 0 && rng.chance(of);
         let taken = &self.queues[which].outstanding[at];
@@ -393,6 +399,9 @@ impl World {
             && fails(no_space)
         {
             return (Err(libc::ENOSPC), 0);
+        }
+        if matches!(taken.call, Call::Fdatasync) && fails(sync) {
+            return (Err(libc::EIO), 0);
         }
         let total = |iovecs: &[libc::iovec]| iovecs.iter().map(|iovec| iovec.iov_len).sum::<usize>();
         match taken.call {
@@ -478,6 +487,10 @@ impl World {
     pub(super) fn drain(&mut self, which: usize) {
         while let Some(completion) = self.queues[which].core.pop_done() {
             let pending = self.queues[which].pending.remove(&completion.token).unwrap();
+            if self.expects_failure && completion.result.is_err() {
+                self.failures += 1;
+                continue;
+            }
             assert!(completion.result.is_ok(), "{:?}", completion.result);
             self.check(pending);
             self.completed += 1;
@@ -566,18 +579,18 @@ impl World {
     pub(super) fn step(&mut self) {
         let which = self.rng.below(self.queues.len() as u64) as usize;
         match self.rng.below(100) {
-            0..30 => self.submit(),
-            30..52 => {
+            0..26 => self.submit(),
+            26..48 => {
                 let most = 1 + self.rng.below(4) as usize;
                 self.issue(which, most);
             }
-            52..68 => self.apply(which),
-            68..84 => self.answer(which),
-            84..90 => {
+            48..65 => self.apply(which),
+            65..82 => self.answer(which),
+            82..88 => {
                 self.wake(which);
             }
-            90..95 => self.fetch(),
-            95..99 => self.snapshot_step(),
+            88..92 => self.fetch(),
+            92..99 => self.snapshot_step(),
             _ => {
                 self.clock.fetch_add(self.rng.below(1_500_000_000), Ordering::Relaxed);
             }
@@ -598,11 +611,11 @@ impl World {
         let mut coord = shared.coord();
         match coord.freeze.state {
             FreezeState::Idle if self.rng.chance(3) => {
-                coord.freeze.state = FreezeState::Preparing;
+                let mail = coord.begin_prepare();
                 let queue = coord.any_queue().unwrap();
-                coord.post(queue, Mail::Freeze, None);
+                coord.post(queue, mail, None);
             }
-            FreezeState::Preparing if self.rng.chance(40) => {
+            FreezeState::Preparing if self.rng.chance(100) => {
                 coord.freeze.abandon(libc::ECANCELED);
                 coord.wake_blocked(None);
                 coord.wake_flushes(None);
@@ -613,13 +626,18 @@ impl World {
                 self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
                 let possible = self.histories.iter().map(|(sector, history)| (*sector, history.possible())).collect();
                 coord.begin_freeze(set.clone());
+                // Chunks that no request ever meets: copying them again and again shows nothing.
+                for chunk in set.iter().filter(|chunk| (4..247).contains(chunk)) {
+                    coord.freeze.staged.insert(chunk);
+                    self.disk.write(FileId::Staged, staged_at(CHUNKS, chunk), &[1], true);
+                }
                 coord.wake_blocked(None);
                 self.instant = Some((set, possible));
             }
             FreezeState::Frozen => {
                 let set = self.instant.as_ref().unwrap().0.clone();
                 let left: Vec<u64> = set.iter().filter(|chunk| coord.freeze.needs_copy(*chunk)).collect();
-                if coord.freeze.broken || (!left.is_empty() && self.rng.chance(20)) {
+                if coord.freeze.broken || (!left.is_empty() && self.rng.chance(150)) {
                     coord.end_freeze(true);
                     coord.wake_blocked(None);
                     self.instant = None;
@@ -677,7 +695,7 @@ impl World {
     }
 
     /// What the volume holds, by its bits, without the engine.
-    fn content(&self, sector: u64) -> Value {
+    pub(super) fn content(&self, sector: u64) -> Value {
         let local = self.shared.coord().bits.is_local(sector / 8);
         if local { self.stored(FileId::Data, sector) } else { base_value(sector) }
     }
@@ -688,9 +706,15 @@ impl World {
     /// When something waits for ever.
     pub(super) fn quiesce(&mut self) {
         let faults = std::mem::take(&mut self.faults);
+        self.run_dry();
+        self.faults = faults;
+    }
+
+    /// As [`quiesce`](Self::quiesce), with what faults there are.
+    pub(super) fn run_dry(&mut self) {
         let mut idle = 0;
         while self.queues.iter().any(|queue| !queue.pending.is_empty()) {
-            let before = self.completed;
+            let before = self.completed + self.failures;
             let mut progress = false;
             while self.agent.asked.lock().unwrap().first().is_some() {
                 self.fetch();
@@ -708,7 +732,7 @@ impl World {
                 progress |= self.wake(which);
                 self.drain(which);
             }
-            progress |= self.completed > before;
+            progress |= self.completed + self.failures > before;
             if progress {
                 idle = 0;
                 continue;
@@ -718,7 +742,6 @@ impl World {
             assert!(waits_for_time && idle < 10, "requests hang: {:?}", self.shared.coord());
             self.clock.fetch_add(1_100_000_000, Ordering::Relaxed);
         }
-        self.faults = faults;
     }
 
     /// A gate that is closed stays so until the agent freezes or gives up.
@@ -758,6 +781,7 @@ impl World {
         let broken = shared.coord().freeze.broken;
         drop(shared);
         self.agent.asked.lock().unwrap().clear();
+        self.agent.impaired.store(false, Ordering::Relaxed);
         let (header, shared) = open(&self.disk, &self.agent, self.alignment, self.keys);
         (self.header, self.shared) = (header, shared);
         self.busy.clear();
