@@ -218,6 +218,7 @@ impl Core {
         if let Some(op) = self.ops.get(index) {
             op.begin(Kind::Copy { chunk }, birth, start, end);
             op.buffer = Some(buffer);
+            op.mark = staged_at(coord.freeze.frozen.chunks, chunk);
         }
         self.pump_copy(index, coord);
     }
@@ -256,7 +257,7 @@ impl Core {
                 self.parked -= 1;
             }
         }
-        let (start, length, failed) = (op.start, (op.end - op.start) as usize, op.error.is_some());
+        let (start, length, mark, failed) = (op.start, (op.end - op.start) as usize, op.mark, op.error.is_some());
         match ended {
             Purpose::CopyRead if !failed => {
                 self.start_internal(index, Purpose::CopyWrite, FileId::Stage, start, length);
@@ -266,8 +267,7 @@ impl Core {
                 self.start_internal(index, Purpose::CopyMark, FileId::Staged, BROKEN_AT, ONE.len());
             }
             Purpose::CopyWrite => {
-                let at = staged_at(self.shared.size().div_ceil(CHUNK_BYTES), chunk);
-                self.start_internal(index, Purpose::CopyMark, FileId::Staged, at, 1);
+                self.start_internal(index, Purpose::CopyMark, FileId::Staged, mark, 1);
             }
             _ => self.with(|core, coord| core.end_copy(index, chunk, coord)),
         }

@@ -18,6 +18,13 @@ mod transfer;
 #[cfg(test)]
 mod tests;
 
+/// The simulated disk, for the map's tests.
+#[cfg(test)]
+pub(crate) mod testing {
+    pub(crate) use super::op::FileId;
+    pub(crate) use super::tests::disk::{Rng, SimDisk};
+}
+
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};

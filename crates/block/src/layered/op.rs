@@ -67,6 +67,8 @@ pub(crate) struct Op {
     pub(crate) ticket: u64,
     /// The chunk being copied.
     pub(crate) buffer: Option<Buffer>,
+    /// Where in `staged` its completion is marked (as of the freeze: the volume may grow).
+    pub(crate) mark: u64,
     /// Pages of a flush run.
     pub(crate) pages: Vec<(PageWrite, Buffer)>,
 }
@@ -89,6 +91,7 @@ impl Op {
             birth: 0,
             ticket: 0,
             buffer: None,
+            mark: 0,
             pages: Vec::new(),
         }
     }

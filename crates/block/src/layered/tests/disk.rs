@@ -8,30 +8,30 @@ use std::sync::{Arc, Mutex};
 use crate::layered::op::FileId;
 use crate::map::Storage;
 
-pub(super) const SECTOR: usize = 512;
+pub(crate) const SECTOR: usize = 512;
 type Content = [u8; SECTOR];
 
 /// xorshift64*: reproducible from its seed.
 #[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d | 1)
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
     }
 
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound.max(1)
     }
 
-    pub(super) fn chance(&mut self, of: u64) -> bool {
+    pub(crate) fn chance(&mut self, of: u64) -> bool {
         self.below(of) == 0
     }
 }
@@ -79,7 +79,7 @@ impl SimFile {
 }
 
 /// What a sync that has begun will make durable: for each sector the newest version it covers.
-pub(super) type Covered = Vec<(u64, u64)>;
+pub(crate) type Covered = Vec<(u64, u64)>;
 
 #[derive(Debug, Default)]
 struct State {
@@ -91,14 +91,14 @@ struct State {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct SimDisk(Mutex<State>);
+pub(crate) struct SimDisk(Mutex<State>);
 
 impl SimDisk {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
         f(&mut self.0.lock().unwrap())
     }
 
-    pub(super) fn read(&self, file: FileId, mut offset: u64, into: &mut [u8]) {
+    pub(crate) fn read(&self, file: FileId, mut offset: u64, into: &mut [u8]) {
         self.with(|state| {
             let file = &state.files[file as usize];
             let mut into = into;
@@ -114,7 +114,7 @@ impl SimDisk {
     }
 
     /// Changes what reads see. Returns the id of the write.
-    pub(super) fn write(&self, file: FileId, mut offset: u64, mut bytes: &[u8], completed: bool) -> u64 {
+    pub(crate) fn write(&self, file: FileId, mut offset: u64, mut bytes: &[u8], completed: bool) -> u64 {
         self.with(|state| {
             state.ids += 1;
             let id = state.ids;
@@ -132,7 +132,7 @@ impl SimDisk {
         })
     }
 
-    pub(super) fn zero(&self, file: FileId, offset: u64, length: u64) -> u64 {
+    pub(crate) fn zero(&self, file: FileId, offset: u64, length: u64) -> u64 {
         self.with(|state| {
             state.ids += 1;
             let id = state.ids;
@@ -149,7 +149,7 @@ impl SimDisk {
     }
 
     /// The call that made these changes was answered.
-    pub(super) fn complete(&self, file: FileId, id: u64) {
+    pub(crate) fn complete(&self, file: FileId, id: u64) {
         self.with(|state| {
             let file = &mut state.files[file as usize];
             for sector in &file.dirty {
@@ -160,7 +160,7 @@ impl SimDisk {
     }
 
     /// The process is gone: what took effect is in the page cache like everything else.
-    pub(super) fn complete_all(&self) {
+    pub(crate) fn complete_all(&self) {
         self.with(|state| {
             for sector in state.files.iter_mut().flat_map(|file| file.sectors.values_mut()) {
                 sector.versions.iter_mut().for_each(|version| version.completed = true);
@@ -168,7 +168,7 @@ impl SimDisk {
         });
     }
 
-    pub(super) fn sync_begins(&self, file: FileId) -> Covered {
+    pub(crate) fn sync_begins(&self, file: FileId) -> Covered {
         self.with(|state| {
             let file = &state.files[file as usize];
             let newest = |sector: &u64| {
@@ -179,7 +179,7 @@ impl SimDisk {
         })
     }
 
-    pub(super) fn sync_ends(&self, file: FileId, covered: &Covered) {
+    pub(crate) fn sync_ends(&self, file: FileId, covered: &Covered) {
         self.with(|state| {
             let file = &mut state.files[file as usize];
             for (sector, id) in covered {
@@ -196,7 +196,7 @@ impl SimDisk {
     }
 
     /// Power fails: of every unsynced sector, some version survives.
-    pub(super) fn power_cut(&self, rng: &mut Rng) {
+    pub(crate) fn power_cut(&self, rng: &mut Rng) {
         self.with(|state| {
             let mood = rng.below(4);
             for file in &mut state.files {
@@ -224,11 +224,11 @@ impl SimDisk {
     }
 
     /// The power will fail during one of the next storage calls.
-    pub(super) fn set_fuse(&self, calls: Option<u64>) {
+    pub(crate) fn set_fuse(&self, calls: Option<u64>) {
         self.with(|state| state.fuse = calls);
     }
 
-    pub(super) fn flip_bit(&self, file: FileId, bit: u64) {
+    pub(crate) fn flip_bit(&self, file: FileId, bit: u64) {
         self.with(|state| {
             let file = &mut state.files[file as usize];
             let sector = bit / 8 / SECTOR as u64;
@@ -239,7 +239,7 @@ impl SimDisk {
         });
     }
 
-    pub(super) fn storage(self: &Arc<Self>, file: FileId) -> SimStorage {
+    pub(crate) fn storage(self: &Arc<Self>, file: FileId) -> SimStorage {
         SimStorage { disk: Arc::clone(self), file }
     }
 
@@ -262,7 +262,7 @@ impl SimDisk {
 
 /// A file for cold paths.
 #[derive(Debug)]
-pub(super) struct SimStorage {
+pub(crate) struct SimStorage {
     disk: Arc<SimDisk>,
     file: FileId,
 }

@@ -1,6 +1,6 @@
 //! Tests of the engine: on a simulated disk that loses power, and on real files.
 
-mod disk;
+pub(crate) mod disk;
 mod invariants;
 mod real;
 mod world;

@@ -9,7 +9,7 @@ use super::disk::{Covered, Rng, SECTOR, SimDisk};
 use crate::layered::buffer::{Buffer, BufferPool, gather, scatter};
 use crate::layered::clock::Clock;
 use crate::layered::core::Core;
-use crate::layered::freeze::{FreezeState, FrozenSet, encode_staged, staged_at};
+use crate::layered::freeze::{BROKEN_AT, FreezeState, FrozenSet, encode_staged, staged_at};
 use crate::layered::op::FileId;
 use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Mail, Parts, Presence, Shared, Signal, VolumeEvents};
 use crate::layered::{mark_clean, mark_in_use, open_map};
@@ -113,7 +113,7 @@ struct Pending {
     buffer: Buffer,
     skip: usize,
     sectors: u64,
-    /// For a flush: how many values of each sector were acknowledged before.
+    /// For a flush: the first value that was current before, of each sector.
     floor: HashMap<u64, usize>,
 }
 
@@ -124,27 +124,67 @@ pub(super) struct Queue {
     pending: BTreeMap<u64, Pending>,
 }
 
-/// Values a sector may have after a power cut, oldest first; the last one is current.
+/// Values a sector may have after a power cut, oldest first.
 #[derive(Clone, Debug)]
 struct History {
     values: Vec<Value>,
     /// Older values that a flush has put out of reach.
     dropped: usize,
-    /// Values that were acknowledged, dropped ones included.
-    acked: usize,
+    /// Number (dropped ones included) of the first value that a read may return. Several may when writes raced.
+    current: usize,
+    /// The same once the writes in flight are done.
+    next: usize,
+    writing: usize,
 }
 
 impl History {
-    /// A flush covered the first `acked` values.
-    fn raise(&mut self, acked: usize) {
-        let drop = acked.saturating_sub(1 + self.dropped);
+    fn new(value: Value) -> Self {
+        Self { values: vec![value], dropped: 0, current: 0, next: 0, writing: 0 }
+    }
+
+    fn end(&self) -> usize {
+        self.dropped + self.values.len()
+    }
+
+    /// A write begins.
+    fn push(&mut self, value: Value) {
+        if self.writing == 0 {
+            self.next = self.end();
+        }
+        self.writing += 1;
+        self.values.push(value);
+    }
+
+    /// A write was acknowledged.
+    fn acknowledge(&mut self) {
+        self.writing -= 1;
+        if self.writing == 0 {
+            self.current = self.next;
+        }
+    }
+
+    /// A flush covered what was current then.
+    fn raise(&mut self, current: usize) {
+        let drop = current.saturating_sub(self.dropped);
         self.values.drain(..drop);
         self.dropped += drop;
     }
 
-    /// The acknowledged value and those of a write in flight.
+    /// What a read may return, with what writes in flight may have stored.
     fn possible(&self) -> Vec<Value> {
-        self.values[self.acked - 1 - self.dropped..].to_vec()
+        self.values[self.current - self.dropped..].to_vec()
+    }
+
+    /// The sector was seen to hold this after a crash. Values before it are out of reach if the power was cut: what was seen
+    /// is durable.
+    fn observe(&mut self, value: Value, power: bool) {
+        if power {
+            *self = Self::new(value);
+        } else {
+            self.values.push(value);
+            self.current = self.end() - 1;
+            self.writing = 0;
+        }
     }
 }
 
@@ -168,8 +208,6 @@ pub(super) struct World {
     header: Header,
     alignment: Alignment,
     keys: bool,
-    /// Sectors that a guest request in flight writes.
-    busy: BTreeSet<u64>,
     /// Sectors that a guest request in flight reads, with counts.
     reading: HashMap<u64, usize>,
     histories: HashMap<u64, History>,
@@ -227,7 +265,6 @@ impl World {
             header,
             alignment,
             keys,
-            busy: BTreeSet::new(),
             reading: HashMap::new(),
             histories: HashMap::new(),
             values: 0,
@@ -254,15 +291,7 @@ impl World {
     }
 
     fn history(&mut self, sector: u64) -> &mut History {
-        self.histories.entry(sector).or_insert_with(|| History {
-            values: vec![base_value(sector)],
-            dropped: 0,
-            acked: 1,
-        })
-    }
-
-    fn current(&self, sector: u64) -> Value {
-        self.histories.get(&sector).map_or_else(|| base_value(sector), |history| *history.values.last().unwrap())
+        self.histories.entry(sector).or_insert_with(|| History::new(base_value(sector)))
     }
 
     /// A place and length that requests meet at: chunk, page and volume ends, and one blank chunk.
@@ -297,9 +326,12 @@ impl World {
             sectors = 0;
         }
         let range = first..first + sectors;
-        // Requests that race for a sector have no one right answer; those that share a block do.
-        let conflict = |sector: u64| {
-            self.busy.contains(&sector) || (operation != Operation::Read && self.reading.contains_key(&sector))
+        // A read that races has no one right answer; a write that does leaves one of two.
+        let races = self.rng.chance(4);
+        let writing = |sector: &u64| self.histories.get(sector).is_some_and(|history| history.writing > 0);
+        let conflict = |sector: u64| match operation {
+            Operation::Read => writing(&sector),
+            _ => self.reading.contains_key(&sector) || (writing(&sector) && !races),
         };
         if range.clone().any(conflict) {
             return;
@@ -318,26 +350,23 @@ impl World {
                 let value = self.values;
                 for (sector, bytes) in range.clone().zip(buffer.bytes()[skip..].chunks_exact_mut(SECTOR)) {
                     fill(value, sector, bytes);
-                    self.history(sector).values.push(value);
+                    self.history(sector).push(value);
                 }
-                self.busy.extend(range);
             }
             Operation::WriteZeroes { .. } => {
-                range.clone().for_each(|sector| self.history(sector).values.push(0));
-                self.busy.extend(range);
+                range.for_each(|sector| self.history(sector).push(0));
             }
             Operation::Discard => {
                 // Whole blocks read as zeros; the rest keeps its content.
                 for sector in range.clone() {
                     if whole_block(sector, &range) {
-                        self.history(sector).values.push(0);
+                        self.history(sector).push(0);
                     }
                 }
-                self.busy.extend(range);
             }
             Operation::Read => range.for_each(|sector| *self.reading.entry(sector).or_default() += 1),
             Operation::Flush => {
-                floor = self.histories.iter().map(|(sector, history)| (*sector, history.acked)).collect()
+                floor = self.histories.iter().map(|(sector, history)| (*sector, history.current)).collect()
             }
         }
         self.tokens += 1;
@@ -504,8 +533,8 @@ impl World {
                 let bytes = &pending.buffer.bytes()[pending.skip..];
                 for (sector, bytes) in range.zip(bytes.chunks_exact(SECTOR)) {
                     let found = value_of(sector, bytes);
-                    let expected = self.current(sector);
-                    assert_eq!(found, expected, "read of sector {sector}");
+                    let possible = self.history(sector).possible();
+                    assert!(possible.contains(&found), "read of sector {sector}: {found:#x} not in {possible:x?}");
                     if let Some(count) = self.reading.get_mut(&sector) {
                         *count -= 1;
                         if *count == 0 {
@@ -516,15 +545,15 @@ impl World {
             }
             Operation::Flush => {
                 // What was acknowledged before the flush was asked for can no longer be lost.
-                for (sector, acked) in &pending.floor {
-                    self.history(*sector).raise(*acked);
+                for (sector, current) in &pending.floor {
+                    self.history(*sector).raise(*current);
                 }
             }
-            _ => {
-                for sector in range {
-                    self.busy.remove(&sector);
-                    let history = self.history(sector);
-                    history.acked = history.dropped + history.values.len();
+            operation => {
+                for sector in range.clone() {
+                    if operation != Operation::Discard || whole_block(sector, &range) {
+                        self.history(sector).acknowledge();
+                    }
                 }
             }
         }
@@ -778,16 +807,16 @@ impl World {
             // The base does not either, as far as anybody knows.
             self.agent.present.lock().unwrap().clear();
         }
-        let broken = shared.coord().freeze.broken;
+        let mut broken = [0; 4];
+        self.disk.read(FileId::Staged, BROKEN_AT, &mut broken);
         drop(shared);
         self.agent.asked.lock().unwrap().clear();
         self.agent.impaired.store(false, Ordering::Relaxed);
         let (header, shared) = open(&self.disk, &self.agent, self.alignment, self.keys);
         (self.header, self.shared) = (header, shared);
-        self.busy.clear();
         self.reading.clear();
         if self.instant.is_some() {
-            if broken || end == End::Clean {
+            if broken != [0; 4] || end == End::Clean {
                 self.instant = None;
             } else {
                 self.finish_snapshot(false);
@@ -797,15 +826,14 @@ impl World {
             let found = self.content(sector);
             let history = self.histories.get_mut(&sector).unwrap();
             if end == End::Clean {
-                assert_eq!(found, *history.values.last().unwrap(), "sector {sector} after a clean close");
+                let possible = history.possible();
+                assert!(
+                    possible.contains(&found),
+                    "sector {sector} after a clean close: {found:#x} not in {possible:x?}"
+                );
             }
             assert!(history.values.contains(&found), "sector {sector} after {end:?}: {found:#x} not in {history:x?}");
-            if end != End::Kill {
-                history.values.clear();
-                history.dropped = 0;
-            }
-            history.values.push(found);
-            history.acked = history.dropped + history.values.len();
+            history.observe(found, end != End::Kill);
         }
         self.add_queues();
     }
