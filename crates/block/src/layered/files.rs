@@ -126,14 +126,15 @@ pub(crate) fn unlock(map: &File) {
     let _ = fcntl(map, FcntlArg::F_OFD_SETLK(&lock));
 }
 
-/// Switches `O_DIRECT` on or off.
-pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<()> {
+/// Switches `O_DIRECT` on or off, and tells what it was.
+pub(crate) fn set_direct(file: &File, on: bool) -> io::Result<bool> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-    if flags.contains(OFlag::O_DIRECT) != on {
+    let before = flags.contains(OFlag::O_DIRECT);
+    if before != on {
         flags.set(OFlag::O_DIRECT, on);
         fcntl(file, FcntlArg::F_SETFL(flags))?;
     }
-    Ok(())
+    Ok(before)
 }
 
 /// Switches `data` to direct I/O where its file system has it, and tells what that asks for.

@@ -114,8 +114,11 @@ impl Core {
             }
             _ => (Operation::Flush, None),
         };
+        let alone = op.pages.len() == 1;
         transfer.start(operation, iovec.as_slice());
-        // A flush has no place; the others go where the transfer says.
+        if transfer.purpose == Purpose::FlushPage && alone {
+            transfer.task.write_through();
+        }
     }
 
     pub(super) fn complete_internal(&mut self, number: usize, result: Result<(), i32>) {
@@ -162,7 +165,8 @@ impl Core {
                     self.start_internal(index, Purpose::FlushPage, FileId::Map, offset, PAGE);
                 }
             }
-            Purpose::FlushPage if error.is_none() => {
+            // One page was written through; more are synced together.
+            Purpose::FlushPage if error.is_none() && pages > 1 => {
                 self.start_internal(index, Purpose::FlushMap, FileId::Map, 0, 0);
             }
             _ => self.with(|core, coord| core.end_flush(index, error, coord)),

@@ -83,6 +83,8 @@ struct Opened {
 fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError> {
     let VolumeFiles { data, map, base, key } = files;
     files::lock(&map)?;
+    // Whoever had this open file description before may have left it direct, which headers are not aligned for.
+    files::set_direct(&map, false).map_err(BlockError::Data)?;
     let (mut header, bits) = open_map(&map, &data, options.generation, base.is_some())?;
     let alignment = if options.direct { files::go_direct(&data) } else { buffered(&data)? };
     let (presence, base_key, base): (Box<dyn Presence>, _, _) = match base {
@@ -168,6 +170,10 @@ impl LayeredVolume {
     pub fn open(files: VolumeFiles, options: OpenOptions) -> Result<Self, BlockError> {
         let Opened { mut header, shared, descriptors } = open(files, &options)?;
         mark_in_use(&descriptors.map, &mut header)?;
+        if options.direct {
+            // Pages go past the page cache: their buffers are aligned, and nobody reads them again.
+            files::go_direct(&descriptors.map);
+        }
         Ok(Self { shared, descriptors, engine: options.engine, header: Mutex::new(header), read_only: false })
     }
 
@@ -199,7 +205,10 @@ impl LayeredVolume {
     /// size.
     pub fn grow(&self, size_bytes: u64) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-        map::grow(&self.descriptors.map, &self.descriptors.data, &mut header, size_bytes)?;
+        let direct = files::set_direct(&self.descriptors.map, false).map_err(BlockError::Data)?;
+        let grown = map::grow(&self.descriptors.map, &self.descriptors.data, &mut header, size_bytes);
+        files::set_direct(&self.descriptors.map, direct).map_err(BlockError::Data)?;
+        grown?;
         self.shared.coord().bits.grow(size_bytes);
         self.shared.size.store(size_bytes, Ordering::Release);
         Ok(())
@@ -340,6 +349,7 @@ impl LayeredVolume {
         }
         self.inline().flush()?;
         self.shared.coord().closed = true;
+        files::set_direct(&self.descriptors.map, false).map_err(BlockError::Data)?;
         mark_clean(&self.descriptors.map, &mut header)?;
         files::unlock(&self.descriptors.map);
         Ok(())

@@ -424,12 +424,12 @@ impl World {
             return (Err(libc::EIO), 0);
         }
         if matches!(file, FileId::Data | FileId::Map)
-            && matches!(taken.call, Call::Writev { .. } | Call::Fallocate { .. })
+            && matches!(taken.call, Call::Writev { .. } | Call::WriteThrough { .. } | Call::Fallocate { .. })
             && fails(no_space)
         {
             return (Err(libc::ENOSPC), 0);
         }
-        if matches!(taken.call, Call::Fdatasync) && fails(sync) {
+        if matches!(taken.call, Call::Fdatasync | Call::WriteThrough { .. }) && fails(sync) {
             return (Err(libc::EIO), 0);
         }
         let total = |iovecs: &[libc::iovec]| iovecs.iter().map(|iovec| iovec.iov_len).sum::<usize>();
@@ -457,6 +457,15 @@ impl World {
                 unsafe { gather(iovecs, &mut bytes) };
                 let id = self.disk.write(file, offset, &bytes, false);
                 (Ok(bytes.len() as u64), id)
+            }
+            Call::WriteThrough { iovecs, offset } => {
+                let mut bytes = vec![0; total(iovecs)];
+                // SAFETY: as above.
+                unsafe { gather(iovecs, &mut bytes) };
+                let id = self.disk.write(file, offset, &bytes, true);
+                let sectors = offset / 512..(offset + bytes.len() as u64) / 512;
+                self.disk.sync_ends(file, &sectors.map(|sector| (sector, id)).collect());
+                (Ok(bytes.len() as u64), 0)
             }
             Call::Fdatasync => {
                 self.disk.sync_ends(file, taken.covered.as_ref().unwrap());
@@ -566,8 +575,12 @@ fn whole_block(sector: u64, range: &std::ops::Range<u64>) -> bool {
 }
 
 fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
-    let (Call::Readv { iovecs, offset } | Call::Writev { iovecs, offset }) = call else { return };
-    if file != FileId::Data || alignment.memory == 1 {
+    let (Call::Readv { iovecs, offset } | Call::Writev { iovecs, offset } | Call::WriteThrough { iovecs, offset }) =
+        call
+    else {
+        return;
+    };
+    if !matches!(file, FileId::Data | FileId::Map) || alignment.memory == 1 {
         return;
     }
     let length: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
@@ -791,6 +804,11 @@ impl World {
         for which in 0..self.queues.len() {
             for at in 0..self.queues[which].outstanding.len() {
                 if self.queues[which].outstanding[at].applied.is_none() && self.rng.chance(2) {
+                    let taken = &mut self.queues[which].outstanding[at];
+                    if let Call::WriteThrough { iovecs, offset } = taken.call {
+                        // Cut off in the middle: any part of it may be there.
+                        taken.call = Call::Writev { iovecs, offset };
+                    }
                     let _ = self.effect(which, at);
                 }
             }
