@@ -138,7 +138,8 @@ fn open_map(
     }
     let blocks = header.size_bytes / map::BLOCK_BYTES;
     let whole = bits.run(0, blocks);
-    if !has_base && !(whole.local && whole.end == blocks) {
+    let all_local = whole.local && whole.end == blocks;
+    if !has_base && !all_local {
         return Err(BlockError::BaseMissing);
     }
     Ok((header, bits))

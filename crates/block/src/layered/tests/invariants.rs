@@ -5,7 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use super::world::{BASE, CHUNK_SECTORS, CHUNKS, End, Faults, World};
+use super::ends::End;
+use super::world::{BASE, CHUNK_SECTORS, CHUNKS, Faults, World};
 use crate::{Cause, Operation};
 
 /// Crashes per test run, unless the environment says otherwise.

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::disk::{Covered, Rng, SECTOR, SimDisk};
+use super::history::History;
 use crate::layered::buffer::{Buffer, BufferPool, gather, scatter};
 use crate::layered::clock::Clock;
 use crate::layered::core::Core;
-use crate::layered::freeze::{BROKEN_AT, FreezeState, FrozenSet, encode_staged, staged_at};
+use crate::layered::freeze::FrozenSet;
 use crate::layered::op::FileId;
-use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Mail, Parts, Presence, Shared, Signal, VolumeEvents};
-use crate::layered::{mark_clean, mark_in_use, open_map};
+use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Parts, Presence, Shared, Signal, VolumeEvents};
+use crate::layered::{mark_in_use, open_map};
 use crate::map::{self, CHUNK_BYTES, Header, MapSpec, Storage};
 use crate::task::Call;
 use crate::xts::{Xts, XtsKey};
@@ -41,7 +42,7 @@ fn fill(value: Value, sector: u64, into: &mut [u8]) {
     }
 }
 
-fn value_of(sector: u64, bytes: &[u8]) -> Value {
+pub(super) fn value_of(sector: u64, bytes: &[u8]) -> Value {
     if bytes.iter().all(|byte| *byte == 0) {
         return 0;
     }
@@ -97,17 +98,17 @@ impl Presence for SimPresence {
 }
 
 /// A call that the simulated kernel has taken.
-struct Outstanding {
-    index: usize,
-    file: FileId,
-    call: Call<'static>,
-    covered: Option<Covered>,
+pub(super) struct Outstanding {
+    pub(super) index: usize,
+    pub(super) file: FileId,
+    pub(super) call: Call<'static>,
+    pub(super) covered: Option<Covered>,
     /// Result and id of its changes, once it has taken effect.
-    applied: Option<(Result<u64, i32>, u64)>,
+    pub(super) applied: Option<(Result<u64, i32>, u64)>,
 }
 
 /// A guest's request.
-struct Pending {
+pub(super) struct Pending {
     operation: Operation,
     first: u64,
     buffer: Buffer,
@@ -118,74 +119,10 @@ struct Pending {
 }
 
 pub(super) struct Queue {
-    core: Core,
+    pub(super) core: Core,
     pub(super) flag: Arc<Flag>,
-    outstanding: Vec<Outstanding>,
-    pending: BTreeMap<u64, Pending>,
-}
-
-/// Values a sector may have after a power cut, oldest first.
-#[derive(Clone, Debug)]
-struct History {
-    values: Vec<Value>,
-    /// Older values that a flush has put out of reach.
-    dropped: usize,
-    /// Number (dropped ones included) of the first value that a read may return. Several may when writes raced.
-    current: usize,
-    /// The same once the writes in flight are done.
-    next: usize,
-    writing: usize,
-}
-
-impl History {
-    fn new(value: Value) -> Self {
-        Self { values: vec![value], dropped: 0, current: 0, next: 0, writing: 0 }
-    }
-
-    fn end(&self) -> usize {
-        self.dropped + self.values.len()
-    }
-
-    /// A write begins.
-    fn push(&mut self, value: Value) {
-        if self.writing == 0 {
-            self.next = self.end();
-        }
-        self.writing += 1;
-        self.values.push(value);
-    }
-
-    /// A write was acknowledged.
-    fn acknowledge(&mut self) {
-        self.writing -= 1;
-        if self.writing == 0 {
-            self.current = self.next;
-        }
-    }
-
-    /// A flush covered what was current then.
-    fn raise(&mut self, current: usize) {
-        let drop = current.saturating_sub(self.dropped);
-        self.values.drain(..drop);
-        self.dropped += drop;
-    }
-
-    /// What a read may return, with what writes in flight may have stored.
-    fn possible(&self) -> Vec<Value> {
-        self.values[self.current - self.dropped..].to_vec()
-    }
-
-    /// The sector was seen to hold this after a crash. Values before it are out of reach if the power was cut: what was seen
-    /// is durable.
-    fn observe(&mut self, value: Value, power: bool) {
-        if power {
-            *self = Self::new(value);
-        } else {
-            self.values.push(value);
-            self.current = self.end() - 1;
-            self.writing = 0;
-        }
-    }
+    pub(super) outstanding: Vec<Outstanding>,
+    pub(super) pending: BTreeMap<u64, Pending>,
 }
 
 /// What goes wrong by chance, one in so many (0 = never).
@@ -205,26 +142,26 @@ pub(super) struct World {
     pub(super) shared: Arc<Shared>,
     pub(super) queues: Vec<Queue>,
     pub(super) faults: Faults,
-    header: Header,
-    alignment: Alignment,
-    keys: bool,
+    pub(super) header: Header,
+    pub(super) alignment: Alignment,
+    pub(super) keys: bool,
     /// Sectors that a guest request in flight reads, with counts.
-    reading: HashMap<u64, usize>,
-    histories: HashMap<u64, History>,
-    values: u64,
-    tokens: u64,
+    pub(super) reading: HashMap<u64, usize>,
+    pub(super) histories: HashMap<u64, History>,
+    pub(super) values: u64,
+    pub(super) tokens: u64,
     pub(super) completed: u64,
     /// Requests may fail, and then are no longer followed by the model.
     pub(super) expects_failure: bool,
     pub(super) failures: u64,
     /// What incremental snapshots have gathered, and the instant of the one in progress.
-    backup: HashMap<u64, Value>,
-    instant: Option<(FrozenSet, HashMap<u64, Vec<Value>>)>,
+    pub(super) backup: HashMap<u64, Value>,
+    pub(super) instant: Option<(FrozenSet, HashMap<u64, Vec<Value>>)>,
     pub(super) snapshots: u64,
-    buffers: BufferPool,
+    pub(super) buffers: BufferPool,
 }
 
-fn key(seed: u8) -> XtsKey {
+pub(super) fn key(seed: u8) -> XtsKey {
     let mut bytes = [seed; 64];
     bytes[63] ^= 1;
     XtsKey::new(bytes).unwrap()
@@ -281,7 +218,7 @@ impl World {
         world
     }
 
-    fn add_queues(&mut self) {
+    pub(super) fn add_queues(&mut self) {
         for _ in 0..1 + self.rng.below(2) {
             let flag = Arc::new(Flag::default());
             let signal = Arc::clone(&flag) as Arc<dyn Signal>;
@@ -414,7 +351,7 @@ impl World {
         self.queues[which].outstanding[at].applied = Some(applied);
     }
 
-    fn effect(&mut self, which: usize, at: usize) -> (Result<u64, i32>, u64) {
+    pub(super) fn effect(&mut self, which: usize, at: usize) -> (Result<u64, i32>, u64) {
         let Faults { short, no_space, stage, sync } = self.faults;
         let rng = &mut self.rng;
         let mut fails = |of: u64| of > 0 && rng.chance(of);
@@ -535,7 +472,7 @@ impl World {
         }
     }
 
-    fn check(&mut self, mut pending: Pending) {
+    pub(super) fn check(&mut self, mut pending: Pending) {
         let range = pending.first..pending.first + pending.sectors;
         match pending.operation {
             Operation::Read => {
@@ -589,7 +526,7 @@ fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
     assert!((offset | length as u64).is_multiple_of(alignment.offset), "unaligned range reaches the disk");
 }
 
-fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: bool) -> (Header, Arc<Shared>) {
+pub(super) fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: bool) -> (Header, Arc<Shared>) {
     let map = disk.storage(FileId::Map);
     let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), 1, true).unwrap();
     mark_in_use(&map, &mut header).unwrap();
@@ -603,279 +540,4 @@ fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: boo
         events: Arc::clone(agent) as Arc<dyn VolumeEvents>,
     };
     (header, Arc::new(Shared::new(parts)))
-}
-
-/// How a process ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// The host loses power.
-    Power,
-    /// The process is killed; the host goes on.
-    Kill,
-    /// In order.
-    Clean,
-}
-
-impl World {
-    /// One random step of anybody.
-    pub(super) fn step(&mut self) {
-        let which = self.rng.below(self.queues.len() as u64) as usize;
-        match self.rng.below(100) {
-            0..26 => self.submit(),
-            26..48 => {
-                let most = 1 + self.rng.below(4) as usize;
-                self.issue(which, most);
-            }
-            48..65 => self.apply(which),
-            65..82 => self.answer(which),
-            82..88 => {
-                self.wake(which);
-            }
-            88..92 => self.fetch(),
-            92..99 => self.snapshot_step(),
-            _ => {
-                self.clock.fetch_add(self.rng.below(1_500_000_000), Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// The agent brings a chunk that was asked for.
-    fn fetch(&mut self) {
-        let asked = self.agent.asked.lock().unwrap().pop_first();
-        if let Some(chunk) = asked {
-            self.agent.present.lock().unwrap().insert(chunk);
-            self.shared.presence_changed();
-        }
-    }
-
-    fn snapshot_step(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        let mut coord = shared.coord();
-        match coord.freeze.state {
-            FreezeState::Idle if self.rng.chance(3) => {
-                let mail = coord.begin_prepare();
-                let queue = coord.any_queue().unwrap();
-                coord.post(queue, mail, None);
-            }
-            FreezeState::Preparing if self.rng.chance(100) => {
-                coord.freeze.abandon(libc::ECANCELED);
-                coord.wake_blocked(None);
-                coord.wake_flushes(None);
-            }
-            FreezeState::Ready => {
-                assert!(coord.is_quiet());
-                let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
-                self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
-                let possible = self.histories.iter().map(|(sector, history)| (*sector, history.possible())).collect();
-                coord.begin_freeze(set.clone());
-                // Chunks that no request ever meets: copying them again and again shows nothing.
-                for chunk in set.iter().filter(|chunk| (4..247).contains(chunk)) {
-                    coord.freeze.staged.insert(chunk);
-                    self.disk.write(FileId::Staged, staged_at(CHUNKS, chunk), &[1], true);
-                }
-                coord.wake_blocked(None);
-                self.instant = Some((set, possible));
-            }
-            FreezeState::Frozen => {
-                let set = self.instant.as_ref().unwrap().0.clone();
-                let left: Vec<u64> = set.iter().filter(|chunk| coord.freeze.needs_copy(*chunk)).collect();
-                if coord.freeze.broken || (!left.is_empty() && self.rng.chance(150)) {
-                    coord.end_freeze(true);
-                    coord.wake_blocked(None);
-                    self.instant = None;
-                } else if left.is_empty() {
-                    coord.end_freeze(false);
-                    coord.wake_blocked(None);
-                    drop(coord);
-                    self.finish_snapshot(true);
-                } else {
-                    let chunk = left[self.rng.below(left.len() as u64) as usize];
-                    let queue = coord.any_queue().unwrap();
-                    coord.post(queue, Mail::Stage { chunk }, None);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// The agent takes the frozen chunks, from the stage where they are there and else from the volume, and the snapshot with
-    /// what earlier ones had is the volume at its instant.
-    fn finish_snapshot(&mut self, all_staged: bool) {
-        let (set, possible) = self.instant.take().unwrap();
-        for chunk in set.iter() {
-            let mut mark = [0];
-            self.disk.read(FileId::Staged, staged_at(CHUNKS, chunk), &mut mark);
-            assert!(mark == [1] || !all_staged);
-            let first = chunk * CHUNK_SECTORS;
-            // Sectors that were never written, too.
-            let extra = (0..4).map(|_| first + self.rng.below(CHUNK_SECTORS)).collect::<Vec<_>>();
-            let known = self.histories.keys().copied().filter(|sector| sector / CHUNK_SECTORS == chunk);
-            for sector in known.chain(extra).collect::<Vec<_>>() {
-                let value = if mark == [1] { self.stored(FileId::Stage, sector) } else { self.content(sector) };
-                self.backup.insert(sector, value);
-            }
-        }
-        for sector in self.histories.keys().chain(self.backup.keys()) {
-            let found = self.backup.get(sector).copied().unwrap_or_else(|| base_value(*sector));
-            match possible.get(sector) {
-                Some(possible) => {
-                    assert!(possible.contains(&found), "snapshot of sector {sector}: {found:#x} not in {possible:x?}")
-                }
-                None => assert_eq!(found, base_value(*sector), "snapshot of untouched sector {sector}"),
-            }
-        }
-        self.snapshots += 1;
-    }
-
-    fn stored(&self, file: FileId, sector: u64) -> Value {
-        let mut bytes = [0u8; SECTOR];
-        self.disk.read(file, sector * 512, &mut bytes);
-        if self.keys {
-            Xts::new(&key(1)).decrypt(&mut bytes, sector * 512);
-        }
-        value_of(sector, &bytes)
-    }
-
-    /// What the volume holds, by its bits, without the engine.
-    pub(super) fn content(&self, sector: u64) -> Value {
-        let local = self.shared.coord().bits.is_local(sector / 8);
-        if local { self.stored(FileId::Data, sector) } else { base_value(sector) }
-    }
-
-    /// Lets everything in flight end, without faults.
-    ///
-    /// # Panics
-    /// When something waits for ever.
-    pub(super) fn quiesce(&mut self) {
-        let faults = std::mem::take(&mut self.faults);
-        self.run_dry();
-        self.faults = faults;
-    }
-
-    /// As [`quiesce`](Self::quiesce), with what faults there are.
-    pub(super) fn run_dry(&mut self) {
-        let mut idle = 0;
-        while self.queues.iter().any(|queue| !queue.pending.is_empty()) {
-            let before = self.completed + self.failures;
-            let mut progress = false;
-            while self.agent.asked.lock().unwrap().first().is_some() {
-                self.fetch();
-                progress = true;
-            }
-            self.leave_ready();
-            for which in 0..self.queues.len() {
-                self.issue(which, usize::MAX);
-                progress |= !self.queues[which].outstanding.is_empty();
-                while !self.queues[which].outstanding.is_empty() {
-                    self.apply(which);
-                    self.answer(which);
-                    self.issue(which, usize::MAX);
-                }
-                progress |= self.wake(which);
-                self.drain(which);
-            }
-            progress |= self.completed + self.failures > before;
-            if progress {
-                idle = 0;
-                continue;
-            }
-            idle += 1;
-            let waits_for_time = self.shared.coord().stalls > 0;
-            assert!(waits_for_time && idle < 10, "requests hang: {:?}", self.shared.coord());
-            self.clock.fetch_add(1_100_000_000, Ordering::Relaxed);
-        }
-    }
-
-    /// A gate that is closed stays so until the agent freezes or gives up.
-    fn leave_ready(&mut self) {
-        let mut coord = self.shared.coord();
-        if coord.freeze.state == FreezeState::Ready {
-            coord.freeze.abandon(libc::ECANCELED);
-            coord.wake_blocked(None);
-        }
-    }
-
-    /// Ends the process, opens the volume again and checks what it holds.
-    pub(super) fn end(&mut self, end: End) {
-        if end == End::Clean {
-            self.quiesce();
-        }
-        let shared = Arc::clone(&self.shared);
-        for which in 0..self.queues.len() {
-            for at in 0..self.queues[which].outstanding.len() {
-                if self.queues[which].outstanding[at].applied.is_none() && self.rng.chance(2) {
-                    let taken = &mut self.queues[which].outstanding[at];
-                    if let Call::WriteThrough { iovecs, offset } = taken.call {
-                        // Cut off in the middle: any part of it may be there.
-                        taken.call = Call::Writev { iovecs, offset };
-                    }
-                    let _ = self.effect(which, at);
-                }
-            }
-        }
-        if end == End::Clean {
-            self.close_clean();
-        }
-        self.queues.clear();
-        self.disk.complete_all();
-        if end == End::Power {
-            self.disk.power_cut(&mut self.rng);
-            // The stage does not outlive the host's boot.
-            self.instant = None;
-            // The base does not either, as far as anybody knows.
-            self.agent.present.lock().unwrap().clear();
-        }
-        let mut broken = [0; 4];
-        self.disk.read(FileId::Staged, BROKEN_AT, &mut broken);
-        drop(shared);
-        self.agent.asked.lock().unwrap().clear();
-        self.agent.impaired.store(false, Ordering::Relaxed);
-        let (header, shared) = open(&self.disk, &self.agent, self.alignment, self.keys);
-        (self.header, self.shared) = (header, shared);
-        self.reading.clear();
-        if self.instant.is_some() {
-            if broken != [0; 4] || end == End::Clean {
-                self.instant = None;
-            } else {
-                self.finish_snapshot(false);
-            }
-        }
-        for sector in self.histories.keys().copied().collect::<Vec<_>>() {
-            let found = self.content(sector);
-            let history = self.histories.get_mut(&sector).unwrap();
-            if end == End::Clean {
-                let possible = history.possible();
-                assert!(
-                    possible.contains(&found),
-                    "sector {sector} after a clean close: {found:#x} not in {possible:x?}"
-                );
-            }
-            assert!(history.values.contains(&found), "sector {sector} after {end:?}: {found:#x} not in {history:x?}");
-            history.observe(found, end != End::Kill);
-        }
-        self.add_queues();
-    }
-
-    /// As `LayeredVolume::close_clean`.
-    fn close_clean(&mut self) {
-        {
-            let mut coord = self.shared.coord();
-            coord.end_freeze(true);
-            coord.bits.include_dirty();
-            coord.wake_blocked(None);
-        }
-        self.instant = None;
-        // What a freeze's preparation left behind ends, too.
-        for which in 0..self.queues.len() {
-            self.queues[which].core.turn();
-            self.start(which, Operation::Flush, 0, 0);
-        }
-        self.quiesce();
-        mark_clean(&self.disk.storage(FileId::Map), &mut self.header).unwrap();
-    }
-
-    /// Chunks that hold something a guest wrote since they were last backed up (at least).
-    pub(super) fn dirty(&self) -> Vec<u64> {
-        self.shared.coord().bits.dirty_chunks()
-    }
 }
