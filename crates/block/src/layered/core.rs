@@ -468,6 +468,6 @@ impl Core {
         }
         coord.wake_blocked(None);
         coord.wake_flushes(None);
-        self.shared.prepared.notify_all();
+        self.shared.prepared.notify();
     }
 }

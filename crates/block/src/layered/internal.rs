@@ -325,7 +325,7 @@ impl Core {
                 coord.freeze.abandon(errno);
                 self.release(index);
                 coord.wake_blocked(Some(self.id));
-                self.shared.prepared.notify_all();
+                self.shared.prepared.notify();
             }
             (Some(Ok(())), PrepareStep::Flush) => {
                 coord.freeze.gate = true;
@@ -334,7 +334,7 @@ impl Core {
             (Some(Ok(())), _) => {
                 coord.freeze.state = FreezeState::Ready;
                 self.release(index);
-                self.shared.prepared.notify_all();
+                self.shared.prepared.notify();
             }
         }
     }

@@ -13,6 +13,7 @@ mod op;
 mod pool;
 mod ring;
 mod shared;
+mod sync;
 mod transfer;
 
 #[cfg(test)]
@@ -257,15 +258,15 @@ impl LayeredVolume {
     /// Blocks until a preparation ended or time is up. Not for the thread of one of the volume's queues.
     pub fn wait_prepared(&self, timeout: Duration) -> FreezeState {
         let deadline = Instant::now() + timeout;
-        let mut coord = self.shared.coord();
-        while coord.freeze.state == FreezeState::Preparing {
+        loop {
+            let seen = self.shared.prepared.count();
+            let state = self.freeze_state();
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
+            if state != FreezeState::Preparing || left.is_zero() {
+                return state;
             }
-            coord = self.shared.prepared.wait_timeout(coord, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.shared.prepared.wait(seen, left);
         }
-        coord.freeze.state
     }
 
     /// Fixes the point in time of a prepared freeze and lets writes go on: the DIRTY chunks become the frozen set, DIRTY is

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::freeze::{Freeze, FreezeState, FrozenSet};
+use super::sync::{Mutex, MutexGuard, Notice};
 use crate::limit::Limiter;
 use crate::map::{BLOCK_BYTES, Bits, CHUNK_BYTES, Run};
 use crate::xts::Xts;
@@ -361,7 +362,7 @@ impl Coord {
 pub(crate) struct Shared {
     coord: Mutex<Coord>,
     /// Signalled when a freeze's preparation ends.
-    pub(crate) prepared: Condvar,
+    pub(crate) prepared: Notice,
     pub(crate) size: AtomicU64,
     pub(crate) alignment: Alignment,
     pub(crate) data_key: Option<Xts>,
@@ -393,7 +394,7 @@ impl Shared {
         Self {
             size: AtomicU64::new(parts.bits.size_bytes()),
             coord: Mutex::new(Coord::new(parts.bits)),
-            prepared: Condvar::new(),
+            prepared: Notice::default(),
             alignment: parts.alignment,
             data_key: parts.data_key,
             base_key: parts.base_key,

@@ -223,6 +223,14 @@ impl SimDisk {
         });
     }
 
+    /// What no power cut can take.
+    pub(crate) fn durable(&self, file: FileId) -> Vec<(u64, Content)> {
+        self.with(|state| {
+            let sectors = state.files[file as usize].sectors.iter();
+            sectors.filter_map(|(at, sector)| sector.durable.as_deref().map(|content| (*at, *content))).collect()
+        })
+    }
+
     /// The power will fail during one of the next storage calls.
     pub(crate) fn set_fuse(&self, calls: Option<u64>) {
         self.with(|state| state.fuse = calls);

@@ -189,7 +189,7 @@ impl World {
             }
             idle += 1;
             let waits_for_time = self.shared.coord().stalls > 0;
-            assert!(waits_for_time && idle < 10, "requests hang: {:?}", self.shared.coord());
+            assert!(waits_for_time && idle < 10, "requests hang: {:?}", *self.shared.coord());
             self.clock.fetch_add(1_100_000_000, Ordering::Relaxed);
         }
     }

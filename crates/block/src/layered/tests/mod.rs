@@ -4,5 +4,6 @@ pub(crate) mod disk;
 mod ends;
 mod history;
 mod invariants;
+mod models;
 mod real;
 mod world;

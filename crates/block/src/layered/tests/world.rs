@@ -33,7 +33,7 @@ pub(super) fn base_value(sector: u64) -> Value {
     if BASE.contains(&(sector / CHUNK_SECTORS)) && !blank { 1 << 60 | sector } else { 0 }
 }
 
-fn fill(value: Value, sector: u64, into: &mut [u8]) {
+pub(super) fn fill(value: Value, sector: u64, into: &mut [u8]) {
     if value == 0 {
         return into.fill(0);
     }
