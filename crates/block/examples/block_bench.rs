@@ -16,7 +16,7 @@ use std::time::Instant;
 use hearth_block::map::{self, MapSpec};
 use hearth_block::{
     BaseFiles, CHUNK_BYTES, Cause, ChunkFetcher, Engine, LayeredVolume, OpenOptions, Operation, Request, Volume,
-    VolumeEvents, VolumeFiles, VolumeQueue,
+    VolumeEvents, VolumeFiles, VolumeQueue, XtsKey,
 };
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
@@ -181,7 +181,7 @@ impl Folder {
     }
 
     /// A fresh volume, over a complete base or blank.
-    fn volume(&self, name: &str, over_base: bool) -> LayeredVolume {
+    fn volume(&self, name: &str, over_base: bool, key: Option<XtsKey>) -> LayeredVolume {
         let (data, map) = (self.file(&format!("{name}-data")), self.file(&format!("{name}-map")));
         let _ = std::fs::remove_file(&map);
         if over_base {
@@ -215,13 +215,15 @@ impl Folder {
             engine: Engine::IoUring,
             direct: true,
         };
-        LayeredVolume::open(VolumeFiles { data, map, base, key: None }, options).unwrap()
+        LayeredVolume::open(VolumeFiles { data, map, base, key }, options).unwrap()
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        for name in ["raw", "sparse", "steady-data", "steady-map", "first-data", "first-map"] {
+        for name in
+            ["raw", "sparse", "steady-data", "steady-map", "first-data", "first-map", "secret-data", "secret-map"]
+        {
             let _ = std::fs::remove_file(self.file(name));
         }
     }
@@ -250,6 +252,30 @@ fn fill(path: &Path, bytes: u64) -> File {
     open(path, true)
 }
 
+/// Milliseconds to make a volume of this size from a snapshot that holds an eighth of it: durable map and empty data file.
+fn clone_ms(folder: &Folder, bytes: u64) -> f64 {
+    let mut times: Vec<f64> = (0..9)
+        .map(|_| {
+            let paths = [folder.file("clone-data"), folder.file("clone-map")];
+            let began = Instant::now();
+            let files = [open(&paths[0], false), open(&paths[1], false)];
+            files[0].set_len(bytes).unwrap();
+            let spec = MapSpec {
+                volume_id: "vol-clone".into(),
+                size_bytes: bytes,
+                base_root: Some([1; 32]),
+                generation: 1,
+                base_chunks: (0..bytes / CHUNK_BYTES).step_by(8),
+            };
+            map::create(&files[1], spec).unwrap();
+            let took = began.elapsed().as_secs_f64() * 1000.0;
+            paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+            took
+        })
+        .collect();
+    median(&mut times)
+}
+
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
@@ -264,8 +290,15 @@ fn main() {
     let blocks = folder.bytes / BLOCK as u64;
     let base = fill(&folder.file("raw"), folder.bytes);
     let data = fill(&folder.file("steady-data"), folder.bytes);
-    let steady = folder.volume("steady", false);
+    let steady = folder.volume("steady", false, None);
     let mut queue = steady.open_queue(64).unwrap();
+
+    fill(&folder.file("secret-data"), folder.bytes);
+    let mut key = [3; 64];
+    key[0] = 4;
+    let secret = folder.volume("secret", false, XtsKey::new(key));
+    let mut encrypted_queue = secret.open_queue(64).unwrap();
+    let clones = [clone_ms(&folder, 4 << 30), clone_ms(&folder, 1 << 40)];
 
     let mut figures: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     let load = |write, depth, sync| Load { write, depth, sync };
@@ -280,7 +313,12 @@ fn main() {
             ("random_write_qd1", load(true, 1, false), 3000),
             ("synced_overwrite", load(true, 1, true), 800),
         ];
-        for (name, load, count) in cases {
+        let encrypted = [
+            ("encrypted_random_read_qd32", load(false, 32, false), 24_000),
+            ("encrypted_random_write_qd32", load(true, 32, false), 24_000),
+        ];
+        for (name, load, count) in cases.into_iter().chain(encrypted) {
+            let queue = if name.starts_with("encrypted") { &mut encrypted_queue } else { &mut queue };
             let order = shuffled(blocks, count, round * 2 + 1);
             // Whoever goes second may find the device warmer.
             let (by_raw, by_engine) = if round % 2 == 0 {
@@ -295,7 +333,7 @@ fn main() {
         // First writes are compared with overwrites of a file that has all its blocks, and with first writes to a hole.
         let count = blocks.min(24_000) as usize;
         let order = shuffled(blocks, count, round * 2 + 77);
-        let fresh = folder.volume("first", true);
+        let fresh = folder.volume("first", true, None);
         let first = engine(fresh.open_queue(64).unwrap().as_mut(), load(true, 32, false), &order);
         note("first_write_qd32", count, raw(&base, load(true, 32, false), &order), first);
         let _ = std::fs::remove_file(folder.file("sparse"));
@@ -304,7 +342,7 @@ fn main() {
         note("first_write_qd32_against_hole", count, raw(&sparse, load(true, 32, false), &order), first);
         drop(fresh);
         let order = &order[..800];
-        let fresh = folder.volume("first", true);
+        let fresh = folder.volume("first", true, None);
         let first = engine(fresh.open_queue(64).unwrap().as_mut(), load(true, 1, true), order);
         note("synced_first_write", 800, raw(&base, load(true, 1, true), order), first);
         drop(fresh);
@@ -322,5 +360,6 @@ fn main() {
             format!("\"{name}\":{{\"raw_per_s\":{raw:.0},\"engine_per_s\":{engine:.0},\"ratio\":{ratio:.3}}}")
         })
         .collect();
-    println!("{{{}}}", lines.join(","));
+    let [small, large] = clones;
+    println!("{{\"clone_4_gib_ms\":{small:.2},\"clone_1_tib_ms\":{large:.2},{}}}", lines.join(","));
 }

@@ -72,7 +72,7 @@ impl PoolQueue {
         let alarm = Alarm::new().map_err(BlockError::PoolSetup)?;
         let failed = |errno: nix::Error| BlockError::PoolSetup(errno.into());
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
-        epoll.add(&event.0, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(failed)?;
+        epoll.add(&event.fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(failed)?;
         epoll.add(&alarm.timer, EpollEvent::new(EpollFlags::EPOLLIN, 1)).map_err(failed)?;
         let signal = Arc::clone(&event) as Arc<dyn Signal>;
         let (work, ended) = (Condvar::new(), Condvar::new());
@@ -135,8 +135,9 @@ impl VolumeQueue for PoolQueue {
     }
 
     fn drain(&mut self, sink: &mut dyn FnMut(Completion)) -> Result<(), BlockError> {
-        // Both read EAGAIN when there is nothing to reset.
-        let _ = self.pool.event.0.read();
+        // Both read EAGAIN when there is nothing to reset. What is rung after this makes the event readable again.
+        let _ = self.pool.event.fd.read();
+        let _ = self.pool.event.take();
         let mut count = [0u8; 8];
         if nix::unistd::read(&self.alarm.timer, &mut count).is_ok() {
             self.alarm.rang();

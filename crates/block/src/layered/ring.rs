@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use io_uring::register::Restriction;
@@ -35,19 +36,30 @@ const WORKERS_MAX: u32 = 8;
 /// Refused submissions in a row (kernel out of memory) before the queue gives up.
 const MAX_SUBMIT_RETRIES: usize = 1000;
 
-/// An eventfd that other threads ring.
+/// An eventfd that other threads ring, with a flag so that a queue that is awake need not wait for its poll.
 #[derive(Debug)]
-pub(super) struct Event(pub(super) EventFd);
+pub(super) struct Event {
+    pub(super) fd: EventFd,
+    rung: AtomicBool,
+}
 
 impl Event {
     pub(super) fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)))
+        let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Arc::new(Self { fd, rung: AtomicBool::new(false) }))
+    }
+
+    /// Whether it was rung since the last call.
+    pub(super) fn take(&self) -> bool {
+        self.rung.load(Ordering::Relaxed) && self.rung.swap(false, Ordering::Acquire)
     }
 }
 
 impl Signal for Event {
     fn signal(&self) {
-        signal(&self.0);
+        if !self.rung.swap(true, Ordering::Release) {
+            signal(&self.fd);
+        }
     }
 }
 
@@ -115,7 +127,7 @@ impl RingQueue {
             fd(FileId::Base),
             -1,
             -1,
-            event.0.as_raw_fd(),
+            event.fd.as_raw_fd(),
             alarm.timer.as_fd().as_raw_fd(),
         ];
         // Room for the two polls and the volume's own work beside the guest's requests.
@@ -213,8 +225,9 @@ impl RingQueue {
             self.outstanding = self.outstanding.saturating_sub(1);
             match entry.user_data() {
                 WAKE => {
-                    // Empty only after a spurious wake-up.
-                    let _ = self.event.0.read();
+                    // The count first: a ring after this makes it readable again.
+                    let _ = self.event.fd.read();
+                    let _ = self.event.take();
                     self.poll(WAKE_FILE, WAKE)?;
                     self.core.turn();
                 }
@@ -253,6 +266,9 @@ impl VolumeQueue for RingQueue {
 
     fn drain(&mut self, sink: &mut dyn FnMut(Completion)) -> Result<(), BlockError> {
         self.enable()?;
+        if self.event.take() {
+            self.core.turn();
+        }
         self.reap()?;
         self.issue()?;
         while let Some(completion) = self.core.pop_done() {
