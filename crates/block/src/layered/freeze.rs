@@ -114,6 +114,11 @@ pub(crate) struct Freeze {
 }
 
 impl Freeze {
+    /// The freeze that began as this attempt is under way.
+    pub(crate) fn is_frozen(&self, attempt: u64) -> bool {
+        self.state == FreezeState::Frozen && self.attempt == attempt
+    }
+
     /// The chunk must be in the stage before it may change.
     pub(crate) fn needs_copy(&self, chunk: u64) -> bool {
         self.state == FreezeState::Frozen && !self.broken && self.frozen.contains(chunk) && !self.staged.contains(chunk)

@@ -222,6 +222,7 @@ impl Core {
         if let Some(op) = self.ops.get(index) {
             op.begin(Kind::Copy { chunk }, birth, start, end);
             op.buffer = Some(buffer);
+            op.token = coord.freeze.attempt;
             op.mark = staged_at(coord.freeze.frozen.chunks, chunk);
         }
         self.pump_copy(index, coord);
@@ -230,8 +231,18 @@ impl Core {
     pub(super) fn pump_copy(&mut self, index: usize, coord: &mut Coord) {
         loop {
             let Some(op) = self.ops.get(index) else { return };
-            let (next, end) = (op.next, op.end);
+            let (next, end, attempt) = (op.next, op.end, op.token);
             if next >= end || op.error.is_some() {
+                return;
+            }
+            if !coord.freeze.is_frozen(attempt) {
+                // Thawed while it waited for the base.
+                op.error = Some(libc::ECANCELED);
+                if op.in_flight == 0
+                    && let Kind::Copy { chunk } = op.kind
+                {
+                    self.end_copy(index, chunk, coord);
+                }
                 return;
             }
             let (source, to) = self.shared.source(coord, next, end);
@@ -261,16 +272,16 @@ impl Core {
                 self.parked -= 1;
             }
         }
-        let (start, length, mark, failed) = (op.start, (op.end - op.start) as usize, op.mark, op.error.is_some());
+        let (start, length, mark, error) = (op.start, (op.end - op.start) as usize, op.mark, op.error);
         match ended {
-            Purpose::CopyRead if !failed => {
+            Purpose::CopyRead if error.is_none() => {
                 self.start_internal(index, Purpose::CopyWrite, FileId::Stage, start, length);
             }
             // The mark comes after the chunk, and either mark before any write that waited for it.
-            Purpose::CopyRead | Purpose::CopyWrite if failed => {
+            Purpose::CopyRead | Purpose::CopyWrite if error.is_some_and(|errno| errno != libc::ECANCELED) => {
                 self.start_internal(index, Purpose::CopyMark, FileId::Staged, BROKEN_AT, ONE.len());
             }
-            Purpose::CopyWrite => {
+            Purpose::CopyWrite if error.is_none() => {
                 self.start_internal(index, Purpose::CopyMark, FileId::Staged, mark, 1);
             }
             _ => self.with(|core, coord| core.end_copy(index, chunk, coord)),
@@ -278,19 +289,19 @@ impl Core {
     }
 
     fn end_copy(&mut self, index: usize, chunk: u64, coord: &mut Coord) {
-        let error = self.ops.get(index).and_then(|op| op.error);
+        let Some((error, attempt)) = self.ops.get(index).map(|op| (op.error, op.token)) else { return };
         let freeze = &mut coord.freeze;
         freeze.copies.retain(|each| *each != chunk);
         match error {
+            _ if !freeze.is_frozen(attempt) => {}
             Some(errno) if !std::mem::replace(&mut freeze.broken, true) => {
                 coord.effects.push(Effect::Impaired(Cause::StageFailed { errno }));
             }
             Some(_) => {}
-            None if freeze.state == FreezeState::Frozen => {
+            None => {
                 freeze.staged.insert(chunk);
                 coord.effects.push(Effect::Staged(chunk));
             }
-            None => {}
         }
         self.release(index);
         coord.wake_blocked(Some(self.id));

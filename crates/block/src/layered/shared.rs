@@ -350,6 +350,8 @@ impl Coord {
             }
         }
         self.freeze.reset();
+        // Copies that wait for the base give up.
+        self.wake_parked(None);
     }
 
     /// Nothing is changing the volume.

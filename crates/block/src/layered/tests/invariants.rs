@@ -90,10 +90,10 @@ fn flushed_data_survives_crashes_and_nothing_else_appears() {
 /// does not read is what the ones before it had.
 #[test]
 fn a_snapshot_is_its_instant_whatever_crashes() {
-    let seen = lives(CRASHES / 5, 900, &[End::Kill, End::Kill, End::Clean, End::Power], Faults::default());
+    let seen = lives(CRASHES / 8, 900, &[End::Kill, End::Kill, End::Clean, End::Power], Faults::default());
     assert!(seen.snapshots > seen.crashes / 10, "{} snapshots", seen.snapshots);
     let faults = Faults { stage: 12, short: 20, ..Faults::default() };
-    let seen = lives(CRASHES / 10, 900, &[End::Kill, End::Clean], faults);
+    let seen = lives(CRASHES / 16, 900, &[End::Kill, End::Clean], faults);
     assert!(seen.snapshots > seen.crashes / 10 && seen.impaired > seen.crashes / 100);
 }
 

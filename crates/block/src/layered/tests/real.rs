@@ -330,6 +330,35 @@ fn a_snapshot_is_the_volume_at_its_instant() {
 }
 
 #[test]
+fn a_copy_that_waits_for_the_base_gives_up_when_thawed() {
+    each(|engine, keys| {
+        let files = Files::new(keys);
+        let volume = files.open(engine);
+        let mut queue = volume.open_queue(16).unwrap();
+        let queue = queue.as_mut();
+        write(queue, 4096, 4096, 1);
+        for round in 0..3 {
+            volume.freeze_prepare().unwrap();
+            let began = Instant::now();
+            while volume.freeze_state() != FreezeState::Ready {
+                queue.drain(&mut |_| {}).unwrap();
+                assert!(began.elapsed() < Duration::from_secs(20), "round {round}");
+            }
+            assert_eq!(volume.freeze(files.stage().0).unwrap().len(), 1);
+            volume.stage_chunk(0).unwrap();
+            let mut bytes = vec![2u8; 4096];
+            let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 4096 }];
+            submit(queue, Operation::Write, 8192, 0, &buffers);
+            queue.kick().unwrap();
+            queue.drain(&mut |_| panic!("written over a chunk that is not in the stage")).unwrap();
+            assert_eq!(volume.pending_fetches(), [0]);
+            volume.thaw(true);
+            wait(queue, "the write").result.unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_volume_without_queues_freezes_in_the_caller() {
     let files = Files::new(false);
     [0, 1, 4].iter().for_each(|chunk| files.bring(*chunk));
