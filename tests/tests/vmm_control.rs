@@ -16,8 +16,8 @@ use hearth_tests::{program, scratch, tiny_image};
 use hearth_vmm::console_ring;
 use hearth_vmm::control::client::{Client, ClientError};
 use hearth_vmm::control::protocol::{
-    BootSpec, CONTROL_LISTENER_FD, Command, ConsoleSpec, DiskSpec, Event, LOCK_FD, MachineSpec, MachineState, Outcome,
-    Stats, exit,
+    BootSpec, CONTROL_LISTENER_FD, Command, ConsoleSpec, DiskBacking, DiskSpec, Event, LOCK_FD, MachineSpec,
+    MachineState, Outcome, Stats, exit,
 };
 use hearth_vmm::control::socket;
 use hearth_vmm::memory_use;
@@ -109,7 +109,7 @@ impl Vmm {
             disks: disk
                 .map(|path| DiskSpec {
                     serial: "vol0123456789abcdef0".into(),
-                    file: add(open(path)),
+                    backing: DiskBacking::Raw { file: add(open(path)) },
                     read_only: false,
                     queues: 1,
                 })

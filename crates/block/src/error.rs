@@ -20,6 +20,16 @@ pub enum BlockError {
         /// Size found.
         bytes: u64,
     },
+    /// Its size cannot be changed as asked.
+    #[error("the volume has {from} bytes and cannot grow to {to}: {source}")]
+    Grow {
+        /// Size now.
+        from: u64,
+        /// Size asked for.
+        to: u64,
+        /// Cause.
+        source: io::Error,
+    },
     /// io_uring could not be set up and the caller insisted on it.
     #[error("cannot set up io_uring: {0}")]
     RingSetup(#[source] io::Error),

@@ -40,6 +40,12 @@ pub trait Volume: Send + Sync + fmt::Debug {
     /// moved to another thread until its first [`VolumeQueue::kick`] and must stay on that thread from then on.
     fn open_queue(&self, capacity: usize) -> Result<Box<dyn VolumeQueue>, BlockError>;
 
+    /// Makes the volume `bytes` long, or learns that its file already is; `size_bytes` says so afterwards.
+    ///
+    /// # Errors
+    /// The volume cannot grow, or not to this size. It has its old size then.
+    fn grow(&self, bytes: u64) -> Result<(), BlockError>;
+
     /// Makes all completed writes durable; blocks. For shutdown and pause paths, not for guest requests.
     fn sync(&self) -> Result<(), BlockError>;
 }

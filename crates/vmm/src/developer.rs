@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::boot::Placement;
 use crate::console_ring;
-use crate::control::protocol::{BootSpec, ConsoleSpec, DiskSpec, FdIndex, MachineSpec, NicSpec, exit};
+use crate::control::protocol::{BootSpec, ConsoleSpec, DiskBacking, DiskSpec, FdIndex, MachineSpec, NicSpec, exit};
 use crate::control::server::{Server, log};
 use crate::control::socket;
 use crate::machine::{Descriptors, Machine};
@@ -236,7 +236,7 @@ fn disks(options: &Options, fds: &mut Fds) -> Result<Vec<DiskSpec>, String> {
     let spec = |(number, disk): (usize, &Disk)| {
         Ok(DiskSpec {
             serial: disk.serial.clone().unwrap_or_else(|| format!("vol{number:017x}")),
-            file: fds.open(&disk.path, !disk.read_only)?,
+            backing: DiskBacking::Raw { file: fds.open(&disk.path, !disk.read_only)? },
             read_only: disk.read_only,
             queues: disk.queues,
         })

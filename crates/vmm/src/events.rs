@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::virtio::DiskEvent;
+
 /// Something the agent must learn of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MachineEvent {
@@ -19,22 +21,24 @@ pub enum MachineEvent {
     Panicked,
     /// The host let the machine down.
     HostFailed(String),
+    /// A disk is on its way out. The host asked for it, so a guest cannot raise more of these than that.
+    Disk(DiskEvent),
 }
 
 impl MachineEvent {
     /// After this the guest must not run on.
     pub fn is_final(&self) -> bool {
-        !matches!(self, Self::Panicked)
+        !matches!(self, Self::Panicked | Self::Disk(_))
     }
 }
 
 /// Where devices and vCPUs report.
 pub trait EventSink: Send + Sync {
-    /// Reports `event`. Must not block; events beyond the sink's capacity are dropped.
+    /// Reports `event`. Must not block; events that a guest can raise are dropped beyond the sink's capacity.
     fn raise(&self, event: MachineEvent);
 }
 
-/// Most events kept until the control thread takes them: a guest can raise them in a loop.
+/// Most events of the guest's making kept until the control thread takes them: a guest can raise them in a loop.
 const CAPACITY: usize = 16;
 
 /// An [`EventSink`] that wakes an event loop.
@@ -77,7 +81,8 @@ impl EventSink for EventQueue {
     fn raise(&self, event: MachineEvent) {
         self.over.fetch_or(event.is_final(), Ordering::Release);
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        if pending.len() < CAPACITY && !pending.contains(&event) {
+        let due = matches!(event, MachineEvent::Disk(_)) || pending.len() < CAPACITY;
+        if due && !pending.contains(&event) {
             pending.push(event);
         }
         drop(pending);

@@ -7,13 +7,13 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::acpi::ged::{GenericEventDevice, POWER_BUTTON};
+use crate::acpi::ged::{EventLine, GenericEventDevice, PCI_HOTPLUG, POWER_BUTTON};
 use crate::acpi::power::{self, PowerRegisters};
 use crate::boot::{self, BootError, Images, Placement, smbios};
 use crate::bus::{BusDevice, BusError, Buses};
 use crate::console::{Console, ConsoleOutput};
 use crate::console_ring::RingError;
-use crate::control::protocol::{FdIndex, MachineSpec, MachineState, Stats};
+use crate::control::protocol::{DiskBacking, DiskSpec, FdIndex, MachineSpec, MachineState, Stats};
 use crate::events::{EventQueue, EventSink, MachineEvent};
 use crate::kvm::coalesced::CoalescedWrites;
 use crate::kvm::irq::KvmInterrupts;
@@ -27,7 +27,7 @@ use crate::mem::layout::{self, RamLayout, gsi, port};
 use crate::mem::{Memory, MemoryError};
 use crate::pci::PciLayout;
 use crate::sandbox::{self, Filter, SandboxError, ThreadKind};
-use crate::virtio::{DeviceList, DeviceSet, Disk, IoThread, Nic, Platform, VirtioError};
+use crate::virtio::{Detached, DeviceList, DeviceSet, Disk, DiskEvent, IoThread, Nic, Platform, VirtioError};
 
 /// Why a machine cannot be built or do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -117,16 +117,21 @@ pub fn validate(spec: &MachineSpec) -> Result<(), MachineError> {
             spec.disks.len() + spec.nics.len()
         ));
     }
-    for disk in &spec.disks {
-        if disk.serial.len() > MAX_SERIAL || !disk.serial.is_ascii() {
-            return bad(format!("disk serial {:?} is not at most {MAX_SERIAL} ASCII bytes", disk.serial));
-        }
-        if !(1..=MAX_QUEUES).contains(&disk.queues) {
-            return bad(format!("disk {} has {} queues; 1 to {MAX_QUEUES} are possible", disk.serial, disk.queues));
-        }
-    }
+    spec.disks.iter().try_for_each(validate_disk)?;
     if let Some(nic) = spec.nics.iter().find(|nic| nic.mac.first().is_some_and(|b| b & 1 != 0) || nic.mtu < 68) {
         return bad(format!("network interface {:02x?} has a group address or an MTU of {} bytes", nic.mac, nic.mtu));
+    }
+    Ok(())
+}
+
+fn validate_disk(disk: &DiskSpec) -> Result<(), MachineError> {
+    if disk.serial.len() > MAX_SERIAL || !disk.serial.is_ascii() {
+        let text = format!("disk serial {:?} is not at most {MAX_SERIAL} ASCII bytes", disk.serial);
+        return Err(MachineError::Spec(text));
+    }
+    if !(1..=MAX_QUEUES).contains(&disk.queues) {
+        let text = format!("disk {} has {} queues; 1 to {MAX_QUEUES} are possible", disk.serial, disk.queues);
+        return Err(MachineError::Spec(text));
     }
     Ok(())
 }
@@ -186,6 +191,8 @@ impl Machine {
             memory: Arc::new(memory.ram().clone()),
             msi: Arc::clone(&interrupts) as _,
             ioevents: interrupts,
+            hotplug_line: Arc::new(EventLine::new(Arc::clone(&ged), PCI_HOTPLUG)),
+            events: Arc::clone(&sink),
         };
         let mut devices = DeviceSet::build(devices, platform)?;
 
@@ -201,6 +208,7 @@ impl Machine {
         }
         buses.mmio.insert(layout::IOAPIC, layout::IOAPIC_SIZE, ioapic)?;
         buses.mmio.insert(layout::GED, layout::GED_SIZE, Arc::clone(&ged) as _)?;
+        buses.mmio.insert(layout::PCI_HOTPLUG, layout::PCI_HOTPLUG_SIZE, devices.hotplug_device())?;
         for (range, device) in devices.mmio_devices() {
             buses.mmio.insert(range.start, range.end.saturating_sub(range.start), device)?;
         }
@@ -211,7 +219,7 @@ impl Machine {
             smbios::Identity { uuid: spec.uuid, instance_type: &spec.instance_type, instance_id: &spec.instance_id };
         smbios::write(&memory, &identity)?;
         memory.write(layout::RESET_VECTOR, &power::reset_vector(port::ACPI_POWER))?;
-        let rsdp = crate::acpi::tables::write(&memory, spec.vcpus)?;
+        let rsdp = crate::acpi::tables::write(&memory, spec.vcpus, devices.hotplug_slots())?;
         let images = Images { kernel: &kernel, initrd: initrd.as_ref(), cmdline: &spec.boot.cmdline, placement };
         let entry = boot::load(&memory, &images, rsdp)?;
         boot::start::write_tables(&memory, entry)?;
@@ -302,6 +310,27 @@ impl Machine {
         self.ged.raise(POWER_BUTTON).map_err(host("interrupt the guest"))
     }
 
+    /// Puts a disk into a free PCI slot and tells the guest.
+    pub fn attach_disk(&mut self, spec: &DiskSpec, mut fds: Descriptors) -> Result<(), MachineError> {
+        validate_disk(spec)?;
+        Ok(self.io.attach_disk(take_disk(spec, &mut fds)?)?)
+    }
+
+    /// Asks the guest to let go of a disk, or with `force` takes it away; [`Machine::note_disk`] tells the end.
+    pub fn detach_disk(&mut self, serial: &str, force: bool) -> Result<(), MachineError> {
+        Ok(self.io.detach_disk(serial, force)?)
+    }
+
+    /// Makes a disk larger and shows the guest.
+    pub fn resize_disk(&mut self, serial: &str, bytes: u64) -> Result<(), MachineError> {
+        Ok(self.io.resize_disk(serial, bytes)?)
+    }
+
+    /// Takes in an event about a disk; the disk that is detached now, if one is.
+    pub fn note_disk(&mut self, event: DiskEvent) -> Option<Detached> {
+        self.io.note(event)
+    }
+
     /// Counters.
     pub fn stats(&self) -> Result<Stats, MachineError> {
         let devices = self.io.stats()?;
@@ -352,20 +381,24 @@ impl Machine {
 fn take_devices(spec: &MachineSpec, fds: &mut Descriptors) -> Result<DeviceList, MachineError> {
     let mut devices = DeviceList::default();
     for disk in &spec.disks {
-        devices.disks.push(Disk {
-            serial: disk.serial.clone(),
-            file: File::from(fds.take(disk.file, "disk")?),
-            read_only: disk.read_only,
-            queues: disk.queues,
-        });
+        devices.disks.push(take_disk(disk, fds)?);
     }
     for nic in &spec.nics {
         devices.nics.push(Nic { mac: nic.mac, mtu: nic.mtu, tap: fds.take(nic.tap, "tap")? });
     }
-    devices.balloon = true;
     devices.rng = spec.rng.map(|index| fds.take(index, "entropy source").map(File::from)).transpose()?;
     devices.balloon = true;
     Ok(devices)
+}
+
+fn take_disk(disk: &DiskSpec, fds: &mut Descriptors) -> Result<Disk, MachineError> {
+    let DiskBacking::Raw { file } = disk.backing;
+    Ok(Disk {
+        serial: disk.serial.clone(),
+        file: File::from(fds.take(file, "disk")?),
+        read_only: disk.read_only,
+        queues: disk.queues,
+    })
 }
 
 fn pci_layout(ram: RamLayout) -> PciLayout {

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use hearth_types::InstanceId;
 use hearth_vmm::control::client::Client;
 use hearth_vmm::control::protocol::{
-    BootSpec, Command, ConsoleSpec, DiskSpec, FdIndex, MachineSpec, MachineState, NicSpec, Outcome,
+    BootSpec, Command, ConsoleSpec, DiskBacking, DiskSpec, FdIndex, MachineSpec, MachineState, NicSpec, Outcome,
 };
 use hearth_vmm::control::socket::listen_at;
 
@@ -180,7 +180,7 @@ impl Shared {
                 .iter()
                 .map(|disk| DiskSpec {
                     serial: disk.serial.clone(),
-                    file: add(disk.file.as_fd()),
+                    backing: DiskBacking::Raw { file: add(disk.file.as_fd()) },
                     read_only: false,
                     queues: u16::from(spec.vcpus).clamp(1, 4),
                 })

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::task::Task;
 use crate::volume::SECTOR_BYTES;
@@ -44,7 +44,7 @@ pub struct RawFile {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) file: File,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
     /// fdatasync failed once. The kernel then forgets which pages were dirty, so a later fdatasync may succeed without
     /// the lost pages; the only honest answer from then on is an error.
@@ -68,33 +68,26 @@ impl Shared {
     }
 
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 }
 
 impl RawFile {
     /// Wraps an open file; `read_only` refuses writes even if the descriptor could.
     pub fn new(file: File, read_only: bool, engine: Engine) -> Result<Self, BlockError> {
-        let metadata = file.metadata().map_err(BlockError::Size)?;
-        let size = if metadata.file_type().is_file() {
-            metadata.size()
-        } else if metadata.file_type().is_block_device() {
-            block_device_size(&file).map_err(BlockError::Size)?
-        } else {
-            return Err(BlockError::NotAFile);
-        };
+        let size = file_size(&file)?;
         if size < SECTOR_BYTES {
             return Err(BlockError::TooSmall { bytes: size });
         }
         clear_o_direct(&file).map_err(BlockError::Size)?;
-        let shared = Shared { file, size, read_only, sync_failed: AtomicBool::new(false) };
+        let shared = Shared { file, size: AtomicU64::new(size), read_only, sync_failed: AtomicBool::new(false) };
         Ok(Self { shared: Arc::new(shared), engine })
     }
 }
 
 impl Volume for RawFile {
     fn size_bytes(&self) -> u64 {
-        self.shared.size
+        self.shared.size()
     }
 
     fn read_only(&self) -> bool {
@@ -125,6 +118,23 @@ impl Volume for RawFile {
         }
     }
 
+    /// A regular file that is shorter is extended by a hole; a block device has to have grown already.
+    fn grow(&self, bytes: u64) -> Result<(), BlockError> {
+        let from = self.shared.size();
+        let refuse = |source| BlockError::Grow { from, to: bytes, source };
+        if bytes < from {
+            return Err(refuse(io::Error::from_raw_os_error(libc::EINVAL)));
+        }
+        if file_size(&self.shared.file)? < bytes {
+            if self.shared.read_only || !self.shared.file.metadata().map_err(refuse)?.is_file() {
+                return Err(refuse(io::Error::from_raw_os_error(libc::ENOSPC)));
+            }
+            self.shared.file.set_len(bytes).map_err(refuse)?;
+        }
+        self.shared.size.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
     fn sync(&self) -> Result<(), BlockError> {
         if self.shared.read_only {
             return Ok(());
@@ -136,6 +146,17 @@ impl Volume for RawFile {
             self.shared.note_sync_failure();
             BlockError::Sync(error)
         })
+    }
+}
+
+fn file_size(file: &File) -> Result<u64, BlockError> {
+    let metadata = file.metadata().map_err(BlockError::Size)?;
+    if metadata.file_type().is_file() {
+        Ok(metadata.size())
+    } else if metadata.file_type().is_block_device() {
+        block_device_size(file).map_err(BlockError::Size)
+    } else {
+        Err(BlockError::NotAFile)
     }
 }
 

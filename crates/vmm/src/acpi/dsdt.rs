@@ -3,13 +3,14 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, BufferData, Device, EISAName, Equal, Field, FieldAccessType,
-    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE,
-    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Return, Store, Uuid, ZERO,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name,
+    Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Return, Store, Uuid, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::ged::POWER_BUTTON;
+use super::ged::{PCI_HOTPLUG, POWER_BUTTON};
 use super::power::S5_SLEEP_TYPE;
+use super::slots::{self, HOTPLUG_METHOD};
 use crate::mem::layout::{self, gsi, port};
 
 /// Machine-dependent facts in the DSDT.
@@ -17,6 +18,8 @@ use crate::mem::layout::{self, gsi, port};
 pub struct Platform {
     /// Start of the 64-bit window for PCI BARs.
     pub pci_mmio64: u64,
+    /// PCI slots, bit by bit, that functions may come to and go from while the guest runs.
+    pub hotplug_slots: u32,
 }
 
 /// "Present, enabled, shown, working".
@@ -28,6 +31,7 @@ pub fn aml(platform: Platform) -> Vec<u8> {
     com1(&mut out);
     motherboard(&mut out);
     pci_host_bridge(&mut out, platform);
+    slots::aml(&mut out, platform.hotplug_slots);
     events(&mut out);
     panic_device(&mut out);
     Name::new("_S5_".into(), &Package::new(vec![&S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut out);
@@ -65,6 +69,7 @@ fn motherboard(out: &mut dyn AmlSink) {
                 &ResourceTemplate::new(vec![
                     &Memory32Fixed::new(true, layout::PCI_ECAM as u32, layout::PCI_ECAM_SIZE as u32),
                     &Memory32Fixed::new(true, layout::GED as u32, layout::GED_SIZE as u32),
+                    &Memory32Fixed::new(true, layout::PCI_HOTPLUG as u32, layout::PCI_HOTPLUG_SIZE as u32),
                     &IO::new(port::ACPI_POWER, port::ACPI_POWER, 1, port::ACPI_POWER_LEN as u8),
                 ]),
             ),
@@ -131,7 +136,7 @@ fn pci_host_bridge(out: &mut dyn AmlSink, platform: Platform) {
     .to_aml_bytes(out);
 }
 
-/// Power button, and the generic event device that presses it.
+/// Power button, and the generic event device that presses it and tells of hot-plug.
 fn events(out: &mut dyn AmlSink) {
     Device::new(
         "_SB_.PWRB".into(),
@@ -165,6 +170,11 @@ fn events(out: &mut dyn AmlSink) {
                     &If::new(
                         &Equal::new(&Local(1), &POWER_BUTTON),
                         vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
+                    ),
+                    &And::new(&Local(1), &Local(0), &PCI_HOTPLUG),
+                    &If::new(
+                        &Equal::new(&Local(1), &PCI_HOTPLUG),
+                        vec![&MethodCall::new(HOTPLUG_METHOD.into(), vec![])],
                     ),
                 ],
             ),

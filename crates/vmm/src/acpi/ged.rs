@@ -9,6 +9,8 @@ use crate::interrupt::IrqLine;
 
 /// The power button was pressed.
 pub const POWER_BUTTON: u32 = 1 << 0;
+/// The PCI hot-plug registers changed; see [`hotplug`](super::hotplug).
+pub const PCI_HOTPLUG: u32 = 1 << 1;
 
 /// The register block: a 32-bit word of pending events at offset 0, cleared by reading it.
 pub struct GenericEventDevice {
@@ -26,6 +28,25 @@ impl GenericEventDevice {
     pub fn raise(&self, events: u32) -> io::Result<()> {
         self.pending.fetch_or(events, Ordering::AcqRel);
         self.line.trigger()
+    }
+}
+
+/// One kind of event as an interrupt line of its own.
+pub struct EventLine {
+    ged: Arc<GenericEventDevice>,
+    events: u32,
+}
+
+impl EventLine {
+    /// Triggering it raises `events`.
+    pub fn new(ged: Arc<GenericEventDevice>, events: u32) -> Self {
+        Self { ged, events }
+    }
+}
+
+impl IrqLine for EventLine {
+    fn trigger(&self) -> io::Result<()> {
+        self.ged.raise(self.events)
     }
 }
 
@@ -58,9 +79,10 @@ mod tests {
     #[test]
     fn events_wait_until_the_whole_register_is_read() {
         let line = Arc::new(Line::default());
-        let ged = GenericEventDevice::new(line.clone());
+        let ged = Arc::new(GenericEventDevice::new(line.clone()));
         ged.raise(POWER_BUTTON).unwrap();
-        assert_eq!(line.0.load(Ordering::SeqCst), 1);
+        EventLine::new(Arc::clone(&ged), PCI_HOTPLUG).trigger().unwrap();
+        assert_eq!(line.0.load(Ordering::SeqCst), 2);
         let mut byte = [1u8];
         ged.read(0, &mut byte);
         let mut elsewhere = [0xffu8; 4];
@@ -68,7 +90,7 @@ mod tests {
         ged.write(0, &[0xff; 4]);
         let mut word = [0u8; 4];
         ged.read(0, &mut word);
-        assert_eq!((byte, elsewhere, u32::from_le_bytes(word)), ([0], [0; 4], POWER_BUTTON));
+        assert_eq!((byte, elsewhere, u32::from_le_bytes(word)), ([0], [0; 4], POWER_BUTTON | PCI_HOTPLUG));
         ged.read(0, &mut word);
         assert_eq!(word, [0; 4]);
     }

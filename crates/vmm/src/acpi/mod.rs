@@ -2,5 +2,7 @@
 
 pub mod dsdt;
 pub mod ged;
+pub mod hotplug;
 pub mod power;
+mod slots;
 pub mod tables;

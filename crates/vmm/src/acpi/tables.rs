@@ -44,9 +44,9 @@ pub fn build(vcpus: u8, platform: Platform) -> Vec<u8> {
     rsdp
 }
 
-/// Writes the tables into guest memory and returns the address of the RSDP.
-pub fn write(memory: &Memory, vcpus: u8) -> Result<u64, MemoryError> {
-    let tables = build(vcpus, Platform { pci_mmio64: memory.layout().pci_mmio64() });
+/// Writes the tables into guest memory, with `hotplug_slots` as in [`Platform`], and returns the address of the RSDP.
+pub fn write(memory: &Memory, vcpus: u8, hotplug_slots: u32) -> Result<u64, MemoryError> {
+    let tables = build(vcpus, Platform { pci_mmio64: memory.layout().pci_mmio64(), hotplug_slots });
     if tables.len() as u64 > layout::ACPI_TABLES_END - layout::ACPI_TABLES {
         return Err(MemoryError::OutOfRange { address: layout::ACPI_TABLES, size: tables.len() as u64 });
     }
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
         for vcpus in [1, 32] {
-            let bytes = build(vcpus, Platform { pci_mmio64: 4 * layout::GIB });
+            let bytes = build(vcpus, Platform { pci_mmio64: 4 * layout::GIB, hotplug_slots: u32::MAX });
             assert!(bytes.len() as u64 <= layout::ACPI_TABLES_END - layout::ACPI_TABLES);
             assert_eq!(&bytes[..8], b"RSD PTR ");
             assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));

@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Refused when the two sides differ: both are installed together, only a re-adopted VMM can be older than its agent.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// File descriptor number at which the VMM inherits its listening control socket.
 pub const CONTROL_LISTENER_FD: i32 = 3;
@@ -69,12 +69,22 @@ pub struct BootSpec {
 pub struct DiskSpec {
     /// Up to 20 ASCII bytes: the volume id without its hyphen (`vol` + 17 hex digits).
     pub serial: String,
-    /// A raw file or block device, opened read-write unless `read_only`.
-    pub file: FdIndex,
+    /// Where its bytes are.
+    pub backing: DiskBacking,
     /// Offer VIRTIO_BLK_F_RO and fail writes.
     pub read_only: bool,
     /// Request queues, 1..=16.
     pub queues: u16,
+}
+
+/// What is behind a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskBacking {
+    /// A raw file or block device, opened read-write unless the disk is read-only.
+    Raw {
+        /// It.
+        file: FdIndex,
+    },
 }
 
 /// One virtio network device.
@@ -126,6 +136,28 @@ pub enum Command {
     PowerButton,
     /// Counters and state; answered by [`Outcome::Stats`].
     Stats,
+    /// Put a disk into a free PCI slot and tell the guest. Answered when the disk is on the bus; the guest finds it soon after.
+    /// Refused when the serial is in use or all slots are, and nothing has changed then.
+    AttachDisk(Box<DiskSpec>),
+    /// Take a disk away. Answered at once; [`Event::DiskDetached`] tells when its backing is free. May be repeated, also with
+    /// `force` after without.
+    ///
+    /// Without `force` the guest is asked to let go of it, which may take for ever: a guest that does not answer keeps the
+    /// disk. With `force` requests in flight finish, writes are flushed, and from then on the guest gets errors; the dead
+    /// disk keeps its PCI slot until the guest lets go of it.
+    DetachDisk {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Do not wait for the guest.
+        force: bool,
+    },
+    /// Make a disk larger, also its file, and show the guest its new capacity.
+    ResizeDisk {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// New size, a multiple of 512 and not less than the old one.
+        bytes: u64,
+    },
     /// Flush disks and exit with [`exit::KILLED`], whatever the guest does.
     Kill,
 }
@@ -180,7 +212,7 @@ pub enum MachineState {
 }
 
 /// Pushed by the VMM; the exit code of the process says the same for an agent that was away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// The guest powered off by ACPI S5; the process exits with [`exit::POWER_OFF`].
     PoweredOff,
@@ -190,6 +222,13 @@ pub enum Event {
     GuestCrashed,
     /// The guest kernel reported a panic (pvpanic); it may still reset by itself. Told once.
     GuestPanicked,
+    /// A disk that was to be detached has left the machine; its files are closed.
+    DiskDetached {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// All its writes were made durable. False only when the host's file system failed.
+        durable: bool,
+    },
 }
 
 /// Counters since `Create`.
@@ -203,7 +242,8 @@ pub struct Stats {
     pub guest_ram: Vec<(u64, u64)>,
     /// Nanoseconds from process start until `Start` was done.
     pub start_ns: u64,
-    /// Per disk, in spec order.
+    /// Per disk: those of the spec in its order, then attached ones. A disk is left out from when its detachment began to
+    /// return its backing.
     pub disks: Vec<DiskStats>,
     /// Per NIC, in spec order.
     pub nics: Vec<NicStats>,
@@ -212,6 +252,8 @@ pub struct Stats {
 /// One disk's counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskStats {
+    /// Which disk: [`DiskSpec::serial`].
+    pub serial: String,
     /// Completed requests.
     pub read_ops: u64,
     /// Completed requests.

@@ -307,6 +307,9 @@ impl Server {
                 .stats()
                 .map(|stats| Outcome::Stats(Box::new(stats)))
                 .map_err(|e| e.to_string()),
+            Command::AttachDisk(disk) => done(machine.ok_or_else(none)?.attach_disk(&disk, Descriptors::new(fds))),
+            Command::DetachDisk { serial, force } => done(machine.ok_or_else(none)?.detach_disk(&serial, force)),
+            Command::ResizeDisk { serial, bytes } => done(machine.ok_or_else(none)?.resize_disk(&serial, bytes)),
             Command::Kill => Ok(Outcome::Done),
         }
     }
@@ -331,20 +334,33 @@ impl Server {
 
     /// Tells the agent of an event, now or when it comes back.
     fn tell(&mut self, event: Event) {
-        if !self.send(&Message::Event(event)) && self.kept.len() < MAX_KEPT_EVENTS && !self.kept.contains(&event) {
+        let message = Message::Event(event);
+        if self.send(&message) {
+            return;
+        }
+        // A detachment is never forgotten: there are no more of them than the agent asked for.
+        let Message::Event(event) = message else { return };
+        let keep = matches!(event, Event::DiskDetached { .. }) || self.kept.len() < MAX_KEPT_EVENTS;
+        if keep && !self.kept.contains(&event) {
             self.kept.push(event);
         }
     }
 
     fn take_events(&mut self) -> Turn {
-        let Some(machine) = &self.machine else { return Turn::GoOn };
-        for event in machine.events().take() {
+        let Some(events) = self.machine.as_ref().map(|machine| machine.events().take()) else { return Turn::GoOn };
+        for event in events {
             let (event, code, why) = match event {
                 MachineEvent::Panicked if self.panicked => continue,
                 MachineEvent::Panicked => {
                     self.panicked = true;
                     log("the guest kernel reports a panic");
                     self.tell(Event::GuestPanicked);
+                    continue;
+                }
+                MachineEvent::Disk(event) => {
+                    if let Some(disk) = self.machine.as_mut().and_then(|machine| machine.note_disk(event)) {
+                        self.tell(Event::DiskDetached { serial: disk.serial, durable: disk.durable });
+                    }
                     continue;
                 }
                 MachineEvent::PoweredOff => (Some(Event::PoweredOff), exit::POWER_OFF, String::new()),

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::control::client::{Client, ClientError};
-use crate::control::protocol::{BootSpec, ConsoleSpec, DiskSpec, MachineSpec, NicSpec};
+use crate::control::protocol::{BootSpec, ConsoleSpec, DiskBacking, DiskSpec, MachineSpec, NicSpec};
 
 /// Long enough for a loaded machine; nothing here waits that long unless it fails.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -93,7 +93,12 @@ fn a_spec_that_cannot_be_is_refused_with_its_reason() {
     let file = std::fs::File::open("/dev/null").unwrap();
     let listener = UnixListener::bind(vmm.dir.path().join("console")).unwrap();
     let fds = [file.as_fd(), file.as_fd(), listener.as_fd(), file.as_fd()];
-    let disk = |serial: &str, queues| DiskSpec { serial: serial.into(), file: 0, read_only: false, queues };
+    let disk = |serial: &str, queues| DiskSpec {
+        serial: serial.into(),
+        backing: DiskBacking::Raw { file: 0 },
+        read_only: false,
+        queues,
+    };
     let nic = NicSpec { mac: [1, 0, 0, 0, 0, 0], mtu: 1500, tap: 0 };
     for (wrong, reason) in [
         (MachineSpec { vcpus: 0, ..spec() }, "vCPUs"),

@@ -7,7 +7,7 @@
 //! 0x0010_0000            RAM, up to 3 GiB
 //! 0xc000_0000            32-bit MMIO window of PCI segment 0
 //! 0xe800_0000            PCI configuration space (ECAM), bus 0
-//! 0xfe00_0000            platform registers: generic event device
+//! 0xfe00_0000            platform registers: generic event device, PCI hot-plug
 //! 0xfec0_0000            I/O APIC
 //! 0xfee0_0000            local APICs, message-signalled interrupts
 //! 0x1_0000_0000          RAM above the hole
@@ -79,6 +79,10 @@ pub const PCI_MMIO64_SIZE: u64 = 16 * GIB;
 pub const GED: u64 = 0xfe00_0000;
 /// Size of the generic event device's register page.
 pub const GED_SIZE: u64 = 0x1000;
+/// PCI hot-plug registers.
+pub const PCI_HOTPLUG: u64 = 0xfe00_1000;
+/// Size of their page.
+pub const PCI_HOTPLUG_SIZE: u64 = 0x1000;
 /// I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Size of the I/O APIC's register window.
@@ -228,6 +232,7 @@ mod tests {
             (PCI_MMIO32, PCI_MMIO32_SIZE),
             (PCI_ECAM, PCI_ECAM_SIZE),
             (GED, GED_SIZE),
+            (PCI_HOTPLUG, PCI_HOTPLUG_SIZE),
             (IOAPIC, IOAPIC_SIZE),
             (LOCAL_APIC, MIB),
             (KVM_IDENTITY_MAP, PAGE_SIZE),

@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn every_list_compiles_and_stays_short() {
         for (kind, most) in [
-            (ThreadKind::Control, 35),
+            (ThreadKind::Control, 40),
             (ThreadKind::Vcpu, 25),
             (ThreadKind::Io { io_uring: true }, 40),
             (ThreadKind::Io { io_uring: false }, 45),

@@ -14,8 +14,14 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 /// Tap offloads, as the guest negotiates them (linux/if_tun.h).
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
-/// `IORING_REGISTER_ENABLE_RINGS` (linux/io_uring.h): the one thing left to do with a ring that is set up.
+/// `io_uring_register` operations (linux/io_uring.h). To enable a ring is the one thing left to do with one that is set up;
+/// the others set up the ring of a disk that is attached.
 const REGISTER_ENABLE_RINGS: u64 = 12;
+const REGISTER_FILES: u64 = 2;
+const REGISTER_RESTRICTIONS: u64 = 11;
+const REGISTER_IOWQ_MAX_WORKERS: u64 = 19;
+/// Size of a block device in bytes (linux/fs.h).
+const BLKGETSIZE64: u64 = 0x8008_1272;
 
 /// What every thread does: memory of its own, locks, time, signals, the end.
 const COMMON: [libc::c_long; 20] = [
@@ -41,14 +47,19 @@ const COMMON: [libc::c_long; 20] = [
     libc::SYS_write,
 ];
 
-/// The control thread serves sockets and kicks vCPUs.
-const CONTROL: [libc::c_long; 7] = [
+/// The control thread serves sockets, kicks vCPUs, and opens and resizes the disks it is handed.
+const CONTROL: [libc::c_long; 12] = [
     libc::SYS_accept4,
+    libc::SYS_eventfd2,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_io_uring_setup,
     libc::SYS_poll,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
+    libc::SYS_statx,
     libc::SYS_tgkill,
 ];
 
@@ -91,7 +102,7 @@ pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
     }
     let requests: &[u64] = match kind {
         // FIONBIO and terminal settings serve console clients.
-        ThreadKind::Control => &[KVM_SIGNAL_MSI, libc::FIONBIO, libc::TCSETS],
+        ThreadKind::Control => &[KVM_SIGNAL_MSI, libc::FIONBIO, libc::TCSETS, BLKGETSIZE64],
         ThreadKind::Vcpu => &[KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD, KVM_GET_REGS],
         ThreadKind::Io { .. } => &[KVM_SIGNAL_MSI, KVM_IOEVENTFD, TUNSETOFFLOAD],
     };
@@ -122,6 +133,9 @@ pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
         rules.insert(libc::SYS_pwrite64, vec![argument(0, LOCK_FD as u64)?]);
     }
     if kind == ThreadKind::Control {
+        let set_up = [REGISTER_FILES, REGISTER_RESTRICTIONS, REGISTER_IOWQ_MAX_WORKERS];
+        let set_up = set_up.iter().map(|operation| argument(1, *operation)).collect::<Result<_, _>>()?;
+        rules.insert(libc::SYS_io_uring_register, set_up);
         rules.insert(libc::SYS_pread64, Vec::new());
     }
     Ok(rules)

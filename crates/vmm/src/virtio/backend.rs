@@ -51,6 +51,23 @@ pub(crate) trait Backend: Send {
     /// soon. With `accept` false only finishes what is in flight.
     fn run(&mut self, accept: bool) -> Result<bool, Broken>;
 
+    /// What is behind the device is to be given back: requests in flight finish, new ones are refused, and writes become
+    /// durable. [`take_released`](Self::take_released) tells when that is done; until then `run` goes on being called.
+    fn retire(&mut self) {}
+
+    /// True while the device has host resources that [`retire`](Self::retire) gives back.
+    fn holds_host(&self) -> bool {
+        false
+    }
+
+    /// Once, when everything has been given back: whether all writes were made durable.
+    fn take_released(&mut self) -> Option<bool> {
+        None
+    }
+
+    /// The volume has this many bytes now.
+    fn resized(&mut self, _bytes: u64) {}
+
     /// Makes completed writes durable; for shutdown.
     fn sync(&self) -> Result<(), Broken> {
         Ok(())

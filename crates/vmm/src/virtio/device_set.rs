@@ -8,35 +8,31 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use hearth_block::{Engine, RawFile, Volume};
+#[cfg(test)]
+use hearth_block::Volume;
 use vm_memory::GuestMemoryMmap;
 
+use super::VirtioError;
+use super::backend::Backend;
+use super::balloon::{self, BalloonBackend};
+use super::factory::{Factory, Made, MadeDisk};
+use super::hotplug::{Arrival, DepartureEvents, Hotplug};
+use super::io_device::IoDevice;
+use super::io_handle::IoThread;
+use super::io_thread::IoLoop;
+use super::net::{self, Link, NetBackend, Tap};
+use super::rng::{self, RngBackend};
+use super::shared::DeviceShared;
+use super::transport::Profile;
 use crate::bus::BusDevice;
 use crate::control::protocol::{DiskStats, NicStats};
-use crate::interrupt::{IoEventRegistry, MsiSender};
-use crate::pci::{PciBus, PciLayout};
-use crate::virtio::VirtioError;
-use crate::virtio::backend::Backend;
-use crate::virtio::balloon::{self, BalloonBackend};
-use crate::virtio::block::{self, BlockBackend};
-use crate::virtio::io_thread::{Command, CommandSender, IoDevice, IoLoop, eventfd};
-use crate::virtio::net::{self, Link, NetBackend, Tap};
-use crate::virtio::rng::{self, RngBackend};
-use crate::virtio::shared::DeviceShared;
-use crate::virtio::transport::{BAR_BYTES, Profile, VirtioPci};
+use crate::events::EventSink;
+use crate::interrupt::{IoEventRegistry, IrqLine, MsiSender};
+use crate::pci::PciLayout;
 
-/// virtio-blk's serial field.
-const SERIAL_BYTES: usize = 20;
-/// Request queues per disk: with the configuration vector they fit the MSI-X table.
-const QUEUES_MAX: u16 = 16;
 /// The I/O thread's stack: no recursion, no large buffers.
 const STACK_BYTES: usize = 256 * 1024;
-/// How often a waiting caller looks whether the I/O thread still lives.
-const LIVENESS: Duration = Duration::from_millis(100);
 
 /// One disk: what the guest sees and what is behind it.
 pub struct Disk {
@@ -84,12 +80,17 @@ pub struct Platform {
     pub msi: Arc<dyn MsiSender>,
     /// Turns queue notifications into eventfds.
     pub ioevents: Arc<dyn IoEventRegistry>,
+    /// Tells the guest that the PCI hot-plug registers changed.
+    pub hotplug_line: Arc<dyn IrqLine>,
+    /// Where disks on their way out are reported.
+    pub events: Arc<dyn EventSink>,
 }
 
 /// The built devices, before and after their I/O thread starts.
 pub struct DeviceSet {
-    bus: Arc<PciBus>,
-    commands: CommandSender,
+    factory: Factory,
+    hotplug: Arc<Hotplug>,
+    fixed: u32,
     io_loop: Option<IoLoop>,
     on_failure: Option<Box<dyn FnOnce(String) + Send>>,
 }
@@ -114,19 +115,24 @@ impl DeviceSet {
         builder.finish()
     }
 
-    /// The bus, for hot-plug and tests.
-    pub fn bus(&self) -> &Arc<PciBus> {
-        &self.bus
+    /// Slots, bit by bit, in which functions may come and go.
+    pub fn hotplug_slots(&self) -> u32 {
+        !self.fixed
+    }
+
+    /// The hot-plug registers: see [`acpi::hotplug`](crate::acpi::hotplug).
+    pub fn hotplug_device(&self) -> Arc<dyn BusDevice> {
+        Arc::clone(&self.hotplug) as _
     }
 
     /// Configuration access by ports: register for `0xCF8..=0xCFF`.
     pub fn port_device(&self) -> Arc<dyn BusDevice> {
-        self.bus.port_device()
+        self.factory.bus.port_device()
     }
 
     /// ECAM and both BAR windows, as guest physical ranges to register on the MMIO bus.
     pub fn mmio_devices(&self) -> Vec<(Range<u64>, Arc<dyn BusDevice>)> {
-        self.bus.mmio_devices()
+        self.factory.bus.mmio_devices()
     }
 
     /// The loop itself, for tests that turn it by hand.
@@ -141,9 +147,9 @@ impl DeviceSet {
     }
 
     /// Spawns the I/O thread. `on_start` runs first in that thread (seccomp filter, thread name in logs); its error ends
-    /// the thread. Call once; devices answer register accesses before, but queues move only after.
+    /// the thread. Devices answer register accesses before, but queues move only after.
     pub fn start(
-        &mut self,
+        mut self,
         on_start: impl FnOnce() -> std::io::Result<()> + Send + 'static,
     ) -> Result<IoThread, VirtioError> {
         let io_loop = self.io_loop.take().ok_or(VirtioError::AlreadyStarted)?;
@@ -161,44 +167,44 @@ impl DeviceSet {
                 result
             })
             .map_err(|source| VirtioError::Setup { what: "thread", source })?;
-        Ok(IoThread { commands: self.commands.clone(), thread: Some(thread) })
+        Ok(IoThread::new(self.factory, self.hotplug, thread))
     }
 }
 
 /// Puts devices on the bus one after the other.
 pub(crate) struct Builder {
-    platform: Platform,
-    bus: Arc<PciBus>,
-    commands: CommandSender,
+    factory: Factory,
+    hotplug: Arc<Hotplug>,
     devices: Vec<IoDevice>,
+    /// Slots of functions that stay as long as the machine.
+    fixed: u32,
 }
 
 impl Builder {
     pub(crate) fn new(platform: Platform) -> Result<Self, VirtioError> {
-        let bus = Arc::new(PciBus::new(platform.layout.clone()));
-        Ok(Self { bus, commands: CommandSender::new()?, devices: Vec::new(), platform })
+        let factory = Factory::new(platform)?;
+        let line = Arc::clone(&factory.platform.hotplug_line);
+        let hotplug = Arc::new(Hotplug::new(Arc::clone(&factory.bus), factory.commands.clone(), line));
+        // Slot 0 is the host bridge's.
+        Ok(Self { factory, hotplug, devices: Vec::new(), fixed: 1 })
     }
 
     pub(crate) fn add_disk(&mut self, disk: Disk) -> Result<(), VirtioError> {
-        let Disk { serial, file, read_only, queues } = disk;
-        let volume = RawFile::new(file, read_only, Engine::Auto)
-            .map_err(|source| VirtioError::Volume { serial: serial.clone(), source })?;
-        self.add_volume(&serial, Arc::new(volume), queues)
+        self.hotplug.check_serial(&disk.serial)?;
+        let disk = self.factory.make_disk(disk)?;
+        self.add_made_disk(disk)
     }
 
+    #[cfg(test)]
     pub(crate) fn add_volume(&mut self, serial: &str, volume: Arc<dyn Volume>, queues: u16) -> Result<(), VirtioError> {
-        if serial.is_empty() || serial.len() > SERIAL_BYTES || !serial.is_ascii() {
-            return Err(VirtioError::BadSerial(serial.to_owned()));
-        }
-        if !(1..=QUEUES_MAX).contains(&queues) {
-            return Err(VirtioError::BadQueueCount { serial: serial.to_owned(), queues });
-        }
-        let profile = block::profile(volume.as_ref(), queues);
-        let config = block::config_space(volume.as_ref(), queues);
-        let memory = Arc::clone(&self.platform.memory);
-        let mut backend = BlockBackend::new(volume, serial, usize::from(queues), &memory);
-        backend.open().map_err(|source| VirtioError::Volume { serial: serial.to_owned(), source })?;
-        self.add(format!("disk {serial}"), &profile, config, |_| Box::new(backend))
+        let disk = self.factory.make_volume(serial, volume, queues)?;
+        self.add_made_disk(disk)
+    }
+
+    fn add_made_disk(&mut self, disk: MadeDisk) -> Result<(), VirtioError> {
+        let (arrival, device) = Arrival::of(disk);
+        self.devices.push(device);
+        self.hotplug.publish(arrival).map(|_| ())
     }
 
     pub(crate) fn add_nic(
@@ -211,19 +217,19 @@ impl Builder {
         if !(68..=65521).contains(&mtu) {
             return Err(VirtioError::BadMtu { index, mtu });
         }
-        let memory = Arc::clone(&self.platform.memory);
+        let memory = Arc::clone(&self.factory.platform.memory);
         self.add(format!("network interface {index}"), &net::profile(), net::config_space(mac, mtu), |shared| {
             Box::new(NetBackend::new(link, shared, mtu, &memory))
         })
     }
 
     pub(crate) fn add_rng(&mut self, source: File) -> Result<(), VirtioError> {
-        let memory = Arc::clone(&self.platform.memory);
+        let memory = Arc::clone(&self.factory.platform.memory);
         self.add("entropy source".into(), &rng::profile(), Vec::new(), |_| Box::new(RngBackend::new(source, &memory)))
     }
 
     pub(crate) fn add_balloon(&mut self) -> Result<(), VirtioError> {
-        let backend = BalloonBackend::new(&self.platform.memory);
+        let backend = BalloonBackend::new(&self.factory.platform.memory);
         self.add("balloon".into(), &balloon::profile(), balloon::config_space(), |_| Box::new(backend))
     }
 
@@ -234,33 +240,18 @@ impl Builder {
         config: Vec<u8>,
         backend: impl FnOnce(Arc<DeviceShared>) -> Box<dyn Backend>,
     ) -> Result<(), VirtioError> {
-        let slot = self.bus.free_slot()?;
-        let window = &self.platform.layout.mmio64;
-        let address = window.start + slot as u64 * BAR_BYTES;
-        if address + BAR_BYTES > window.end {
-            return Err(VirtioError::WindowTooSmall(slot));
-        }
-        let queues = profile.queue_sizes.len();
-        let shared = Arc::new(DeviceShared::new(queues, config, Arc::clone(&self.platform.msi)));
-        let doorbells = (0..queues).map(|_| eventfd().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-        let function = VirtioPci::new(
-            profile,
-            self.devices.len(),
-            address,
-            Arc::clone(&shared),
-            &doorbells,
-            self.commands.clone(),
-            Arc::clone(&self.platform.ioevents),
-        );
-        let backend = backend(Arc::clone(&shared));
-        self.devices.push(IoDevice::new(name, shared, doorbells, backend));
-        self.bus.publish(slot, Arc::new(function))?;
-        Ok(())
+        let Made { slot, function, device } = self.factory.make(name, profile, config, backend)?;
+        self.devices.push(device);
+        self.fixed |= 1 << slot;
+        Ok(self.factory.bus.publish(slot, function)?)
     }
 
     pub(crate) fn finish(self) -> Result<DeviceSet, VirtioError> {
-        let io_loop = IoLoop::new(self.commands.clone(), self.platform.memory, self.devices)?;
-        Ok(DeviceSet { bus: self.bus, commands: self.commands, io_loop: Some(io_loop), on_failure: None })
+        let Self { factory, hotplug, devices, fixed } = self;
+        let departures = Box::new(DepartureEvents(Arc::clone(&factory.platform.events)));
+        let memory = Arc::clone(&factory.platform.memory);
+        let io_loop = IoLoop::new(factory.commands.clone(), memory, devices, departures)?;
+        Ok(DeviceSet { factory, hotplug, fixed, io_loop: Some(io_loop), on_failure: None })
     }
 }
 
@@ -271,68 +262,4 @@ pub struct DeviceStats {
     pub disks: Vec<DiskStats>,
     /// Per NIC.
     pub nics: Vec<NicStats>,
-}
-
-/// Handle of the running I/O thread. Dropping it finishes what is in flight and ends the thread without flushing.
-pub struct IoThread {
-    commands: CommandSender,
-    thread: Option<JoinHandle<Result<(), VirtioError>>>,
-}
-
-impl IoThread {
-    /// Stops taking new requests and waits until those in flight are done. Call with the vCPUs stopped.
-    pub fn pause(&self) -> Result<(), VirtioError> {
-        self.ask(|done| Command::Pause { done })
-    }
-
-    /// Undoes `pause`.
-    pub fn resume(&self) -> Result<(), VirtioError> {
-        self.ask(|done| Command::Resume { done })
-    }
-
-    /// Counters so far.
-    pub fn stats(&self) -> Result<DeviceStats, VirtioError> {
-        self.ask(|reply| Command::Stats { reply })
-    }
-
-    /// Finishes what is in flight, makes every disk durable (fdatasync) and ends the thread.
-    pub fn stop(mut self) -> Result<(), VirtioError> {
-        let stopped = self.ask(|done| Command::Stop { flush: true, done });
-        self.join()?;
-        stopped?
-    }
-
-    /// True once the thread ended, which before `stop` means that the machine cannot go on.
-    pub fn ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, VirtioError> {
-        let (sender, receiver) = sync_channel(1);
-        self.commands.send(command(sender));
-        loop {
-            match receiver.recv_timeout(LIVENESS) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Timeout) if !self.ended() => {}
-                Err(_) => return Err(VirtioError::IoThreadGone("it does not answer".into())),
-            }
-        }
-    }
-
-    fn join(&mut self) -> Result<(), VirtioError> {
-        match self.thread.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(_)) => Err(VirtioError::IoThreadGone("it panicked".into())),
-        }
-    }
-}
-
-impl Drop for IoThread {
-    fn drop(&mut self) {
-        if self.thread.is_some() {
-            let _ = self.ask(|done| Command::Stop { flush: false, done });
-            let _ = self.join();
-        }
-    }
 }

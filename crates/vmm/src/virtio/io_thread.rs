@@ -6,8 +6,7 @@
 //! notifications turned on again, so a busy guest exits once per burst.
 
 use std::collections::VecDeque;
-use std::io::Write;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 
@@ -17,22 +16,71 @@ use vmm_sys_util::eventfd::EventFd;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::backend::{Backend, Broken, Wake};
+use super::backend::Wake;
 use super::common_config::QueueSetup;
+use super::io_device::{Departure, DeviceId, FD, IoDevice, Milestone, State};
 use super::queue::VirtQueue;
-use super::shared::{DeviceShared, lock};
+use super::shared::lock;
 use super::{DeviceStats, VirtioError};
 
-/// What the I/O thread is told. `device` is a position in [`IoLoop::devices`].
+/// What the I/O thread is told. Commands for a device that is not there (any more) do nothing.
 pub(crate) enum Command {
-    Activate { device: usize, features: u64, queues: Vec<QueueSetup> },
-    StartQueue { device: usize, setup: QueueSetup },
-    ResetQueue { device: usize, index: usize },
-    Reset { device: usize },
-    Pause { done: SyncSender<()> },
-    Resume { done: SyncSender<()> },
-    Stats { reply: SyncSender<DeviceStats> },
-    Stop { flush: bool, done: SyncSender<Result<(), VirtioError>> },
+    Activate {
+        device: DeviceId,
+        features: u64,
+        queues: Vec<QueueSetup>,
+    },
+    StartQueue {
+        device: DeviceId,
+        setup: QueueSetup,
+    },
+    ResetQueue {
+        device: DeviceId,
+        index: usize,
+    },
+    Reset {
+        device: DeviceId,
+    },
+    /// A new device; its queues move when its driver says so.
+    Add {
+        device: Box<IoDevice>,
+        done: SyncSender<Result<(), VirtioError>>,
+    },
+    /// Give back what is behind the device; told to [`DepartureSink::released`].
+    Retire {
+        device: DeviceId,
+    },
+    /// The guest has let go of the device; told to [`DepartureSink::gone`] after `released`.
+    Remove {
+        device: DeviceId,
+    },
+    /// The disk's volume has this many bytes now.
+    Resize {
+        device: DeviceId,
+        bytes: u64,
+        done: SyncSender<()>,
+    },
+    Pause {
+        done: SyncSender<()>,
+    },
+    Resume {
+        done: SyncSender<()>,
+    },
+    Stats {
+        reply: SyncSender<DeviceStats>,
+    },
+    Stop {
+        flush: bool,
+        done: SyncSender<Result<(), VirtioError>>,
+    },
+}
+
+/// Learns of devices on their way out, from the I/O thread.
+pub(crate) trait DepartureSink: Send {
+    /// Nothing behind the device is used any more; `durable` tells whether its last flush succeeded.
+    fn released(&self, device: DeviceId, durable: bool);
+    /// Nothing is left of the device.
+    fn gone(&self, device: DeviceId);
 }
 
 struct Mailbox {
@@ -64,102 +112,7 @@ pub(crate) fn eventfd() -> Result<EventFd, VirtioError> {
         .map_err(|source| VirtioError::Setup { what: "eventfd", source })
 }
 
-/// One device as the I/O thread sees it.
-pub(crate) struct IoDevice {
-    pub(crate) shared: Arc<DeviceShared>,
-    pub(crate) doorbells: Vec<Arc<EventFd>>,
-    pub(crate) backend: Box<dyn Backend>,
-    state: State,
-    watched: Option<RawFd>,
-    /// Queues being reset.
-    stopping: Vec<usize>,
-    /// `run` has something to do.
-    runnable: bool,
-    event_idx: bool,
-    /// For the log.
-    name: String,
-    complaints: u32,
-}
-
-const MAX_COMPLAINTS: u32 = 16;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    Inactive,
-    Active,
-    /// Waits for a reset, moves nothing.
-    Broken,
-    Resetting,
-}
-
-impl IoDevice {
-    pub(crate) fn new(
-        name: String,
-        shared: Arc<DeviceShared>,
-        doorbells: Vec<Arc<EventFd>>,
-        backend: Box<dyn Backend>,
-    ) -> Self {
-        Self {
-            name,
-            complaints: 0,
-            shared,
-            doorbells,
-            backend,
-            state: State::Inactive,
-            watched: None,
-            stopping: Vec::new(),
-            runnable: false,
-            event_idx: false,
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        (0..self.doorbells.len()).map(|index| self.backend.in_flight(index)).sum()
-    }
-
-    fn stop_queues(&mut self) {
-        for index in 0..self.doorbells.len() {
-            self.backend.stop_queue(index);
-        }
-    }
-
-    fn break_down(&mut self, error: &Broken) {
-        // A guest can break its devices as often as it likes, but not fill the host's log with it.
-        if self.complaints < MAX_COMPLAINTS {
-            self.complaints += 1;
-            let _ = writeln!(std::io::stderr(), "{}: the guest's driver must reset it: {error}", self.name);
-        }
-        // The error may have come between taking requests and sending them; run once more for those.
-        self.runnable = self.state == State::Active && self.in_flight() > 0;
-        self.state = State::Broken;
-        self.stop_queues();
-        self.shared.needs_reset();
-    }
-
-    /// Reports finished resets.
-    fn settle(&mut self) {
-        if self.state == State::Resetting && self.in_flight() == 0 {
-            self.state = State::Inactive;
-            self.stopping.clear();
-            self.shared.finish_reset();
-        }
-        let (backend, shared) = (&self.backend, &self.shared);
-        self.stopping.retain(|index| {
-            let busy = backend.in_flight(*index) > 0;
-            if !busy {
-                shared.finish_queue_reset(*index);
-            }
-            busy
-        });
-    }
-}
-
 const MAILBOX: u64 = u64::MAX;
-const FD: u64 = 0xffff_ffff;
-
-fn token(device: usize, source: u64) -> u64 {
-    ((device as u64) << 32) | source
-}
 
 /// Everything the I/O thread owns.
 pub(crate) struct IoLoop {
@@ -167,6 +120,7 @@ pub(crate) struct IoLoop {
     mailbox: CommandSender,
     memory: Arc<GuestMemoryMmap>,
     devices: Vec<IoDevice>,
+    departures: Box<dyn DepartureSink>,
     paused: bool,
     /// Told once everything in flight is done.
     pausing: Vec<SyncSender<()>>,
@@ -177,19 +131,16 @@ impl IoLoop {
         mailbox: CommandSender,
         memory: Arc<GuestMemoryMmap>,
         devices: Vec<IoDevice>,
+        departures: Box<dyn DepartureSink>,
     ) -> Result<Self, VirtioError> {
         let setup = |source| VirtioError::Setup { what: "epoll", source };
         let epoll = Epoll::new().map_err(setup)?;
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        let event = EpollEvent::new(edge, MAILBOX);
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, MAILBOX);
         epoll.ctl(ControlOperation::Add, mailbox.0.event.as_raw_fd(), event).map_err(setup)?;
-        for (number, device) in devices.iter().enumerate() {
-            for (index, doorbell) in device.doorbells.iter().enumerate() {
-                let event = EpollEvent::new(edge, token(number, index as u64));
-                epoll.ctl(ControlOperation::Add, doorbell.as_raw_fd(), event).map_err(setup)?;
-            }
+        for device in &devices {
+            device.watch_doorbells(&epoll).map_err(setup)?;
         }
-        Ok(Self { epoll, mailbox, memory, devices, paused: false, pausing: Vec::new() })
+        Ok(Self { epoll, mailbox, memory, devices, departures, paused: false, pausing: Vec::new() })
     }
 
     /// Runs until told to stop.
@@ -210,11 +161,11 @@ impl IoLoop {
         };
         let mut told = false;
         for event in events.iter().take(count) {
-            let number = (event.data() >> 32) as usize;
+            let device = (event.data() >> 32) as DeviceId;
             match (event.data(), event.data() & FD) {
                 (MAILBOX, _) => told = true,
-                (_, FD) => self.wake(number, Wake::Fd),
-                (_, index) => self.wake(number, Wake::Queue(index as usize)),
+                (_, FD) => self.wake(device, Wake::Fd),
+                (_, index) => self.wake(device, Wake::Queue(index as usize)),
             }
         }
         if told && !self.obey() {
@@ -230,6 +181,7 @@ impl IoLoop {
                 device.settle();
             }
         }
+        self.settle_departures();
         self.settle_pause();
         Ok(true)
     }
@@ -249,9 +201,13 @@ impl IoLoop {
         stats
     }
 
-    fn wake(&mut self, number: usize, wake: Wake) {
-        if let Some(device) = self.devices.get_mut(number)
-            && device.state != State::Inactive
+    fn find(&mut self, id: DeviceId) -> Option<&mut IoDevice> {
+        self.devices.iter_mut().find(|device| device.id == id)
+    }
+
+    fn wake(&mut self, id: DeviceId, wake: Wake) {
+        if let Some(device) = self.find(id)
+            && (device.state != State::Inactive || device.departs())
         {
             device.backend.wake(wake);
             device.runnable = true;
@@ -266,18 +222,29 @@ impl IoLoop {
                 Command::Activate { device, features, queues } => self.activate(device, features, &queues),
                 Command::StartQueue { device, setup } => self.start_queue(device, &setup),
                 Command::ResetQueue { device, index } => {
-                    if let Some(device) = self.devices.get_mut(device) {
+                    if let Some(device) = self.find(device) {
                         device.backend.stop_queue(index);
                         device.stopping.push(index);
                         device.settle();
                     }
                 }
                 Command::Reset { device } => {
-                    if let Some(device) = self.devices.get_mut(device) {
+                    if let Some(device) = self.find(device) {
                         device.stop_queues();
                         device.state = State::Resetting;
                         device.settle();
                     }
+                }
+                Command::Add { device, done } => {
+                    let _ = done.send(self.add(*device));
+                }
+                Command::Retire { device } => self.depart(device, IoDevice::retire),
+                Command::Remove { device } => self.depart(device, IoDevice::leave),
+                Command::Resize { device, bytes, done } => {
+                    if let Some(device) = self.find(device) {
+                        device.backend.resized(bytes);
+                    }
+                    let _ = done.send(());
                 }
                 Command::Pause { done } => {
                     self.paused = true;
@@ -300,35 +267,59 @@ impl IoLoop {
         }
     }
 
-    fn activate(&mut self, number: usize, features: u64, queues: &[QueueSetup]) {
-        let Some(device) = self.devices.get_mut(number) else { return };
-        device.state = State::Active;
-        device.event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        if let Err(error) = device.backend.activate(features) {
-            device.break_down(&error);
-            return;
-        }
-        let wanted = device.backend.event_fd();
-        if wanted.is_some() && device.watched != wanted {
-            let set = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            let fd = wanted.unwrap_or(-1);
-            // The descriptor of an earlier activation is closed and so out of the set already.
-            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
-            let event = EpollEvent::new(set, token(number, FD));
-            if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
-                device.break_down(&Broken::Watch(error));
-                return;
-            }
-            device.watched = wanted;
-        }
-        for setup in queues {
-            self.start_queue(number, setup);
+    fn add(&mut self, device: IoDevice) -> Result<(), VirtioError> {
+        device.watch_doorbells(&self.epoll).map_err(|source| VirtioError::Setup { what: "epoll", source })?;
+        self.devices.push(device);
+        Ok(())
+    }
+
+    fn depart(&mut self, id: DeviceId, how: impl FnOnce(&mut IoDevice, &Epoll)) {
+        if let Some(device) = self.devices.iter_mut().find(|device| device.id == id) {
+            how(device, &self.epoll);
         }
     }
 
-    fn start_queue(&mut self, number: usize, setup: &QueueSetup) {
-        let Some(device) = self.devices.get_mut(number) else { return };
-        if device.state != State::Active {
+    /// Tells what departures have reached, and drops devices that are gone.
+    fn settle_departures(&mut self) {
+        let (epoll, departures) = (&self.epoll, &self.departures);
+        self.devices.retain_mut(|device| {
+            let mut stays = true;
+            for milestone in device.milestones() {
+                match milestone {
+                    Milestone::Released { durable } => departures.released(device.id, durable),
+                    Milestone::Gone => {
+                        device.unwatch(epoll);
+                        stays = false;
+                    }
+                }
+            }
+            if !stays {
+                departures.gone(device.id);
+            }
+            stays
+        });
+    }
+
+    fn activate(&mut self, id: DeviceId, features: u64, queues: &[QueueSetup]) {
+        let Some(device) = self.devices.iter_mut().find(|device| device.id == id) else { return };
+        if device.departure == Departure::Leaving {
+            return;
+        }
+        device.state = State::Active;
+        device.event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let activated = device.backend.activate(features).and_then(|()| device.watch_backend(&self.epoll));
+        if let Err(error) = activated {
+            device.break_down(&error);
+            return;
+        }
+        for setup in queues {
+            self.start_queue(id, setup);
+        }
+    }
+
+    fn start_queue(&mut self, id: DeviceId, setup: &QueueSetup) {
+        let Some(device) = self.devices.iter_mut().find(|device| device.id == id) else { return };
+        if device.state != State::Active || device.departure == Departure::Leaving {
             return;
         }
         match VirtQueue::new(setup, device.event_idx, Arc::clone(&self.memory), Arc::clone(&device.shared)) {
@@ -343,12 +334,12 @@ impl IoLoop {
     }
 
     fn wake_all(&mut self) {
-        for number in 0..self.devices.len() {
-            let queues = self.devices.get(number).map_or(0, |device| device.doorbells.len());
-            for index in 0..queues {
-                self.wake(number, Wake::Queue(index));
+        for device in self.devices.iter_mut().filter(|device| device.state != State::Inactive) {
+            for index in 0..device.doorbells.len() {
+                device.backend.wake(Wake::Queue(index));
             }
-            self.wake(number, Wake::Fd);
+            device.backend.wake(Wake::Fd);
+            device.runnable = true;
         }
     }
 

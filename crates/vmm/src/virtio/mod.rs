@@ -10,7 +10,11 @@ mod balloon;
 mod block;
 mod common_config;
 mod device_set;
+mod factory;
 mod guest_buffers;
+mod hotplug;
+mod io_device;
+mod io_handle;
 mod io_thread;
 mod net;
 mod queue;
@@ -21,7 +25,10 @@ mod transport;
 #[cfg(test)]
 mod tests;
 
-pub use device_set::{DeviceList, DeviceSet, DeviceStats, Disk, IoThread, Nic, Platform};
+pub use device_set::{DeviceList, DeviceSet, DeviceStats, Disk, Nic, Platform};
+pub use hotplug::{Detached, DiskEvent};
+pub use io_device::DeviceId;
+pub use io_handle::IoThread;
 
 use std::io;
 
@@ -69,6 +76,25 @@ pub enum VirtioError {
         /// Cause.
         source: io::Error,
     },
+    /// A disk with this serial is there already, or not gone yet.
+    #[error("a disk with serial {0} is attached already, or its detachment is not over yet")]
+    SerialTaken(String),
+    /// No such disk.
+    #[error("no disk with serial {0} is attached")]
+    NoSuchDisk(String),
+    /// A disk can only grow.
+    #[error("disk {serial} has {from} bytes and cannot become {to}: it can only grow, by whole sectors")]
+    Shrink {
+        /// Which disk.
+        serial: String,
+        /// Its size.
+        from: u64,
+        /// What was asked for.
+        to: u64,
+    },
+    /// The guest could not be told of a change.
+    #[error("cannot interrupt the guest: {0}")]
+    Notify(io::Error),
     /// No room on the bus.
     #[error(transparent)]
     Pci(#[from] PciError),

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common_config::{Action, COMMON_CONFIG_BYTES, CommonConfig};
+use super::io_device::DeviceId;
 use super::io_thread::{Command, CommandSender};
 use super::shared::{DeviceShared, lock};
 use crate::interrupt::IoEventRegistry;
@@ -74,7 +75,7 @@ struct Registers {
 pub(crate) struct VirtioPci {
     shared: Arc<DeviceShared>,
     /// Names the device to the I/O thread.
-    device: usize,
+    device: DeviceId,
     commands: CommandSender,
     ioevents: Arc<dyn IoEventRegistry>,
     config: Mutex<ConfigSpace>,
@@ -87,7 +88,7 @@ impl VirtioPci {
     /// `address` is where BAR 0 starts out; the device answers there once the guest turns decoding on.
     pub(crate) fn new(
         profile: &Profile,
-        device: usize,
+        device: DeviceId,
         address: u64,
         shared: Arc<DeviceShared>,
         doorbells: &[Arc<EventFd>],

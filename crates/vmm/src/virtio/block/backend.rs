@@ -16,6 +16,8 @@ use crate::virtio::queue::{Chain, QueueError, VirtQueue};
 
 /// Volume requests in flight per disk: bounds host memory whatever the guest queues.
 const IN_FLIGHT_MAX: usize = 256;
+/// The token of a retiring disk's last flush; the guest's requests have slot numbers.
+const LAST_FLUSH: u64 = u64::MAX;
 /// Rounds over the queues before other devices get their turn.
 const ROUNDS: usize = 8;
 
@@ -35,9 +37,33 @@ struct Pending {
     then_flush: bool,
 }
 
+/// How far a disk has given back its volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Retirement {
+    No,
+    /// Requests in flight finish; new ones fail.
+    Draining,
+    /// The last flush is under way.
+    Flushing,
+    /// The volume is closed; `durable` as the last flush said.
+    Released {
+        durable: bool,
+    },
+    /// And that has been told.
+    Over,
+}
+
+/// What of `bytes` a disk can offer.
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes / hearth_block::SECTOR_BYTES * hearth_block::SECTOR_BYTES
+}
+
 /// A disk's I/O side.
 pub(crate) struct BlockBackend {
-    volume: Arc<dyn Volume>,
+    /// `None` once given back.
+    volume: Option<Arc<dyn Volume>>,
+    retirement: Retirement,
+    serial_text: String,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
     bounds: Bounds,
     io: Option<Box<dyn VolumeQueue>>,
@@ -60,13 +86,15 @@ impl BlockBackend {
         let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
         padded.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let bounds = Bounds {
-            size: volume.size_bytes() / hearth_block::SECTOR_BYTES * hearth_block::SECTOR_BYTES,
+            size: whole_sectors(volume.size_bytes()),
             read_only: volume.read_only(),
             max_discard: limits.max_discard_bytes,
             max_write_zeroes: limits.max_write_zeroes_bytes,
         };
         Self {
-            volume,
+            volume: Some(volume),
+            retirement: Retirement::No,
+            serial_text: serial.to_owned(),
             serial: padded,
             bounds,
             io: None,
@@ -84,8 +112,8 @@ impl BlockBackend {
 
     /// Opens the volume's queue. Done before the I/O thread is confined: it may not make rings or threads afterwards.
     pub(crate) fn open(&mut self) -> Result<(), BlockError> {
-        if self.io.is_none() {
-            self.io = Some(self.volume.open_queue(IN_FLIGHT_MAX)?);
+        if let (None, Some(volume)) = (&self.io, &self.volume) {
+            self.io = Some(volume.open_queue(IN_FLIGHT_MAX)?);
         }
         Ok(())
     }
@@ -102,8 +130,36 @@ impl BlockBackend {
         Ok(any)
     }
 
+    /// True when a request can be begun. Without a volume it can always be refused.
     fn has_room(&self) -> bool {
-        self.io.as_ref().is_some_and(|io| io.in_flight() + RANGES_MAX <= io.capacity())
+        self.io.as_ref().map_or(self.retirement != Retirement::No, |io| io.in_flight() + RANGES_MAX <= io.capacity())
+    }
+
+    /// Goes on giving back the volume as far as requests in flight allow. True when something may have completed.
+    fn turn_retirement(&mut self) -> Result<bool, Broken> {
+        let idle = self.io.as_ref().is_none_or(|io| io.in_flight() == 0);
+        if self.retirement != Retirement::Draining || !idle {
+            return Ok(false);
+        }
+        let (Some(io), false) = (self.io.as_mut(), self.bounds.read_only) else {
+            self.release(true);
+            return Ok(false);
+        };
+        let request = Request { operation: Operation::Flush, offset: 0, length: 0, buffers: &[], token: LAST_FLUSH };
+        // SAFETY: no buffers.
+        let sent = unsafe { io.submit(request) }.and_then(|()| io.kick());
+        self.retirement = Retirement::Flushing;
+        if sent.is_err() {
+            self.release(false);
+        }
+        sent?;
+        Ok(true)
+    }
+
+    fn release(&mut self, durable: bool) {
+        self.io = None;
+        self.volume = None;
+        self.retirement = Retirement::Released { durable };
     }
 
     fn begin(&mut self, index: usize, head: u16) -> Result<(), Broken> {
@@ -119,6 +175,11 @@ impl BlockBackend {
             parts: 1,
             failed: false,
             then_flush: false,
+        };
+        let work = match work {
+            Work::Identify | Work::Refuse(_) => work,
+            _ if self.retirement != Retirement::No => Work::Refuse(VIRTIO_BLK_S_IOERR as u8),
+            _ => work,
         };
         match work {
             Work::Refuse(status) => {
@@ -201,6 +262,10 @@ impl BlockBackend {
     }
 
     fn complete(&mut self, completion: Completion) -> Result<(), Broken> {
+        if completion.token == LAST_FLUSH {
+            self.release(completion.result.is_ok());
+            return Ok(());
+        }
         let slot = completion.token as usize;
         let Some(Some(pending)) = self.pending.get_mut(slot) else { return Ok(()) };
         pending.failed |= completion.result.is_err();
@@ -309,6 +374,7 @@ impl Backend for BlockBackend {
                 }
             }
             more |= self.turn_volume()?;
+            more |= self.turn_retirement()?;
             if more {
                 // Perhaps the driver has added to it meanwhile: one interrupt for all.
                 continue;
@@ -328,11 +394,33 @@ impl Backend for BlockBackend {
         Ok(true)
     }
 
+    fn retire(&mut self) {
+        if self.retirement == Retirement::No {
+            self.retirement = Retirement::Draining;
+        }
+    }
+
+    fn holds_host(&self) -> bool {
+        self.volume.is_some()
+    }
+
+    fn take_released(&mut self) -> Option<bool> {
+        let Retirement::Released { durable } = self.retirement else { return None };
+        self.retirement = Retirement::Over;
+        Some(durable)
+    }
+
+    fn resized(&mut self, bytes: u64) {
+        self.bounds.size = whole_sectors(bytes);
+    }
+
     fn sync(&self) -> Result<(), Broken> {
-        Ok(self.volume.sync()?)
+        self.volume.as_ref().map_or(Ok(()), |volume| Ok(volume.sync()?))
     }
 
     fn collect(&self, stats: &mut DeviceStats) {
-        stats.disks.push(self.stats.clone());
+        if self.volume.is_some() {
+            stats.disks.push(DiskStats { serial: self.serial_text.clone(), ..self.stats.clone() });
+        }
     }
 }

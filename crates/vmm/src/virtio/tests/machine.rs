@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::interrupt::{IoEventRegistry, MsiSender};
+use crate::events::{EventQueue, EventSink};
+use crate::interrupt::{IoEventRegistry, IrqLine, MsiSender};
 use crate::pci::PciLayout;
 use crate::virtio::device_set::Builder;
 use crate::virtio::io_thread::{Command, IoLoop};
@@ -106,32 +108,64 @@ pub struct Machine {
     pub memory: Arc<GuestMemoryMmap>,
     pub msi: Arc<RecordedMsi>,
     pub ioevents: Arc<IoEvents>,
+    pub pulses: Arc<Pulses>,
+    pub events: Arc<EventQueue>,
     pub ports: Arc<dyn BusDevice>,
     pub mmio: Vec<(std::ops::Range<u64>, Arc<dyn BusDevice>)>,
+    pub hotplug: Arc<dyn BusDevice>,
     pub io: Io,
     next_free: u64,
 }
 
-pub struct Parts {
-    pub memory: Arc<GuestMemoryMmap>,
+/// What the devices did to the machine around them.
+pub struct Recorders {
     pub msi: Arc<RecordedMsi>,
     pub ioevents: Arc<IoEvents>,
+    /// Hot-plug interrupts.
+    pub pulses: Arc<Pulses>,
+    pub events: Arc<EventQueue>,
+}
+
+/// Counts interrupts.
+#[derive(Default)]
+pub struct Pulses(AtomicUsize);
+
+impl Pulses {
+    pub fn take(&self) -> usize {
+        self.0.swap(0, Ordering::SeqCst)
+    }
+}
+
+impl IrqLine for Pulses {
+    fn trigger(&self) -> io::Result<()> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+pub struct Parts {
+    pub memory: Arc<GuestMemoryMmap>,
+    pub recorders: Recorders,
     pub set: DeviceSet,
 }
 
-fn assemble() -> (Platform, Arc<RecordedMsi>, Arc<IoEvents>) {
+fn assemble() -> (Platform, Recorders) {
     let ranges = [(GuestAddress(0), REGION as usize), (GuestAddress(REGION), REGION as usize)];
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
     let msi = Arc::new(RecordedMsi::default());
     let ioevents = Arc::new(IoEvents::default());
+    let pulses = Arc::new(Pulses::default());
+    let events = Arc::new(EventQueue::new().unwrap());
     let layout = PciLayout { ecam: ECAM..ECAM + MIB, mmio32: 0xc000_0000..ECAM, mmio64: MMIO64..MMIO64 + (1 << 30) };
     let platform = Platform {
         layout,
         memory,
         msi: Arc::clone(&msi) as Arc<dyn MsiSender>,
         ioevents: Arc::clone(&ioevents) as Arc<dyn IoEventRegistry>,
+        hotplug_line: Arc::clone(&pulses) as Arc<dyn IrqLine>,
+        events: Arc::clone(&events) as Arc<dyn EventSink>,
     };
-    (platform, msi, ioevents)
+    (platform, Recorders { msi, ioevents, pulses, events })
 }
 
 pub fn platform() -> Platform {
@@ -140,27 +174,36 @@ pub fn platform() -> Platform {
 
 /// Memory, recorders and the devices that `fill` adds.
 pub fn parts(fill: impl FnOnce(&mut Builder)) -> Parts {
-    let (platform, msi, ioevents) = assemble();
+    let (platform, recorders) = assemble();
     let memory = Arc::clone(&platform.memory);
     let mut builder = Builder::new(platform).unwrap();
     fill(&mut builder);
-    Parts { memory, msi, ioevents, set: builder.finish().unwrap() }
+    Parts { memory, recorders, set: builder.finish().unwrap() }
 }
 
 impl Machine {
     pub fn new(fill: impl FnOnce(&mut Builder)) -> Self {
-        let Parts { memory, msi, ioevents, mut set } = parts(fill);
-        let (ports, mmio) = (set.port_device(), set.mmio_devices());
-        let io = Io::Manual(set.take_io_loop());
-        Self { memory, msi, ioevents, ports, mmio, io, next_free: 0x10000 }
+        Self::of(parts(fill), |mut set| Io::Manual(set.take_io_loop()))
     }
 
     /// The same with a running I/O thread.
     pub fn threaded(fill: impl FnOnce(&mut Builder)) -> Self {
-        let Parts { memory, msi, ioevents, mut set } = parts(fill);
-        let (ports, mmio) = (set.port_device(), set.mmio_devices());
-        let io = Io::Thread(set.start(|| Ok(())).unwrap());
-        Self { memory, msi, ioevents, ports, mmio, io, next_free: 0x10000 }
+        Self::of(parts(fill), |set| Io::Thread(set.start(|| Ok(())).unwrap()))
+    }
+
+    fn of(parts: Parts, io: impl FnOnce(DeviceSet) -> Io) -> Self {
+        let Parts { memory, recorders, set } = parts;
+        let Recorders { msi, ioevents, pulses, events } = recorders;
+        let (ports, mmio, hotplug) = (set.port_device(), set.mmio_devices(), set.hotplug_device());
+        Self { memory, msi, ioevents, pulses, events, ports, mmio, hotplug, io: io(set), next_free: 0x10000 }
+    }
+
+    /// The running I/O thread's handle.
+    pub fn thread(&self) -> &IoThread {
+        match &self.io {
+            Io::Thread(io) => io,
+            Io::Manual(_) => panic!("the test turns the loop itself"),
+        }
     }
 
     /// Fresh guest memory, 4 KiB aligned.

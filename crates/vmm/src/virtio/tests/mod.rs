@@ -4,7 +4,7 @@ mod balloon_test;
 mod block_test;
 mod driver;
 mod hostile_test;
-
+mod hotplug_test;
 mod lifecycle_test;
 mod machine;
 mod net_test;

@@ -1,6 +1,7 @@
 use super::block_test::disk_file;
 use super::driver::*;
 use super::machine::*;
+use crate::virtio::device_set::Builder;
 use crate::virtio::{DeviceList, DeviceSet, Disk, Nic, VirtioError};
 
 fn two_disks() -> Machine {
@@ -191,10 +192,15 @@ fn impossible_specs_are_refused_with_reasons() {
     let directory = std::fs::File::open("/").unwrap();
     assert!(matches!(build(Disk { file: directory, ..disk() }), VirtioError::Volume { .. }));
 
+    let twice = |builder: &mut Builder| builder.add_disk(disk()).and_then(|()| builder.add_disk(disk())).err();
+    let mut error = None;
+    parts(|builder| error = twice(builder));
+    assert!(matches!(error, Some(VirtioError::SerialTaken(_))));
+
     let mut results = Vec::new();
     let Parts { .. } = parts(|builder| {
-        for _ in 0..32 {
-            results.push(builder.add_disk(disk()).is_ok());
+        for number in 0..32 {
+            results.push(builder.add_disk(Disk { serial: format!("vol{number}"), ..disk() }).is_ok());
         }
     });
     assert_eq!(results.iter().filter(|ok| **ok).count(), 31, "slot 0 is the host bridge");

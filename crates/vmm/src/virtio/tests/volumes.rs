@@ -47,6 +47,11 @@ impl Held {
         self.state.lock().unwrap().syncs
     }
 
+    /// Handles that someone still has, this one included.
+    pub fn handles(&self) -> usize {
+        Arc::strong_count(&self.state)
+    }
+
     /// Completes the oldest `count` requests.
     pub fn release(&self, count: usize, ok: bool) {
         let mut state = self.state.lock().unwrap();
@@ -76,6 +81,9 @@ impl Volume for Held {
     }
     fn open_queue(&self, _capacity: usize) -> Result<Box<dyn VolumeQueue>, BlockError> {
         Ok(Box::new(self.clone()))
+    }
+    fn grow(&self, _bytes: u64) -> Result<(), BlockError> {
+        panic!("this volume has one size")
     }
     fn sync(&self) -> Result<(), BlockError> {
         self.state.lock().unwrap().syncs += 1;
