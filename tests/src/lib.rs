@@ -9,6 +9,7 @@ pub mod cloud;
 pub mod console;
 pub mod machine;
 pub mod report;
+pub mod vmm;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
