@@ -406,6 +406,10 @@ impl Volume for LayeredVolume {
         }
     }
 
+    fn grow(&self, bytes: u64) -> Result<(), BlockError> {
+        LayeredVolume::grow(self, bytes)
+    }
+
     /// Not for the thread of a queue while requests are in flight on it.
     fn sync(&self) -> Result<(), BlockError> {
         self.inline().flush()
