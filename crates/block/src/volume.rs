@@ -129,6 +129,13 @@ pub trait VolumeQueue: Send {
     /// Requests taken and not yet drained.
     fn in_flight(&self) -> usize;
 
+    /// Requests and pieces of requests that the kernel or a thread works on now. The others in flight wait (for a chunk, for
+    /// space, for their rate) and touch no memory before the next [`drain`](Self::drain): who stops calling it, to pause,
+    /// needs only this to become 0.
+    fn active(&self) -> usize {
+        self.in_flight()
+    }
+
     /// Most requests that may be in flight.
     fn capacity(&self) -> usize;
 }

@@ -215,6 +215,11 @@ impl Core {
         self.transfers.used() - self.ready.len() - self.stalled.len()
     }
 
+    /// Transfers that the executor holds or is about to get.
+    pub(crate) fn active(&self) -> usize {
+        self.transfers.used() - self.stalled.len()
+    }
+
     /// Time (ns, the core's clock) at which [`turn`](Self::turn) has something to do.
     pub(crate) fn next_wakeup(&self) -> Option<u64> {
         let stall = (!self.stalled.is_empty()).then_some(self.retry_at);

@@ -155,6 +155,10 @@ impl VolumeQueue for PoolQueue {
         self.core.in_flight()
     }
 
+    fn active(&self) -> usize {
+        self.core.active()
+    }
+
     fn capacity(&self) -> usize {
         self.core.capacity()
     }

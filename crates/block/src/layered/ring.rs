@@ -281,6 +281,10 @@ impl VolumeQueue for RingQueue {
         self.core.in_flight()
     }
 
+    fn active(&self) -> usize {
+        self.core.active()
+    }
+
     fn capacity(&self) -> usize {
         self.core.capacity()
     }

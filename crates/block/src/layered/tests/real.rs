@@ -243,6 +243,7 @@ fn requests_wait_for_missing_chunks_and_are_repeatable() {
         submit(queue.as_mut(), Operation::Read, CHUNK_BYTES - 8192, 0, &buffers);
         queue.kick().unwrap();
         queue.drain(&mut |_| panic!("there is no data")).unwrap();
+        assert_eq!((queue.in_flight(), queue.active()), (1, 0));
         assert_eq!(volume.pending_fetches(), [0, 1]);
         assert_eq!(*files.agent.asked.lock().unwrap(), [0, 1]);
         // Full blocks need no base.
