@@ -48,6 +48,11 @@ pub trait Volume: Send + Sync + fmt::Debug {
 
     /// Makes all completed writes durable; blocks. For shutdown and pause paths, not for guest requests.
     fn sync(&self) -> Result<(), BlockError>;
+
+    /// The orderly end, after all queues were dropped: everything becomes durable, and requests may fail afterwards. Blocks.
+    fn close(&self) -> Result<(), BlockError> {
+        self.sync()
+    }
 }
 
 /// Kinds of requests.

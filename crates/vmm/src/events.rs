@@ -21,7 +21,7 @@ pub enum MachineEvent {
     Panicked,
     /// The host let the machine down.
     HostFailed(String),
-    /// A disk is on its way out. The host asked for it, so a guest cannot raise more of these than that.
+    /// A disk is on its way out, needs something or got into or out of trouble.
     Disk(DiskEvent),
 }
 
@@ -81,8 +81,8 @@ impl EventSink for EventQueue {
     fn raise(&self, event: MachineEvent) {
         self.over.fetch_or(event.is_final(), Ordering::Release);
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = matches!(event, MachineEvent::Disk(_)) || pending.len() < CAPACITY;
-        if due && !pending.contains(&event) {
+        // Disks report at most once per request in flight and chunk; the rest a guest can raise at will.
+        if matches!(event, MachineEvent::Disk(_)) || (pending.len() < CAPACITY && !pending.contains(&event)) {
             pending.push(event);
         }
         drop(pending);

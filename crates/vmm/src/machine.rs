@@ -1,5 +1,7 @@
 //! One machine: built from its spec and file descriptors, started, paused, asked to power off, counted, ended.
 
+mod disks;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -7,13 +9,15 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use disks::Freezing;
+
 use crate::acpi::ged::{EventLine, GenericEventDevice, PCI_HOTPLUG, POWER_BUTTON};
 use crate::acpi::power::{self, PowerRegisters};
 use crate::boot::{self, BootError, Images, Placement, smbios};
 use crate::bus::{BusDevice, BusError, Buses};
 use crate::console::{Console, ConsoleOutput};
 use crate::console_ring::RingError;
-use crate::control::protocol::{DiskBacking, DiskSpec, FdIndex, MachineSpec, MachineState, Stats};
+use crate::control::protocol::{FdIndex, MachineSpec, MachineState, Stats};
 use crate::events::{EventQueue, EventSink, MachineEvent};
 use crate::kvm::coalesced::CoalescedWrites;
 use crate::kvm::irq::KvmInterrupts;
@@ -27,7 +31,7 @@ use crate::mem::layout::{self, RamLayout, gsi, port};
 use crate::mem::{Memory, MemoryError};
 use crate::pci::PciLayout;
 use crate::sandbox::{self, Filter, SandboxError, ThreadKind};
-use crate::virtio::{Detached, DeviceList, DeviceSet, Disk, DiskEvent, IoThread, Nic, Platform, VirtioError};
+use crate::virtio::{DeviceList, DeviceSet, IoThread, Nic, Platform, VirtioError};
 
 /// Why a machine cannot be built or do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,14 @@ pub enum MachineError {
         actual: MachineState,
         /// Where it must stand.
         needed: &'static str,
+    },
+    /// The engine behind a disk.
+    #[error("disk {serial}: {source}")]
+    Volume {
+        /// Which disk.
+        serial: String,
+        /// Cause.
+        source: hearth_block::BlockError,
     },
     /// KVM.
     #[error(transparent)]
@@ -80,10 +92,6 @@ fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
 
 /// Most disks and NICs together that have a PCI slot beside the host bridge, the entropy source and the balloon.
 const MAX_DEVICES: usize = 29;
-/// Longest volume serial, in bytes (virtio 1.2 section 5.2.6.1).
-const MAX_SERIAL: usize = 20;
-/// Most request queues of one disk.
-const MAX_QUEUES: u16 = 16;
 
 /// The descriptors of a `Create` message; each may be taken once.
 pub struct Descriptors(Vec<Option<OwnedFd>>);
@@ -117,21 +125,9 @@ pub fn validate(spec: &MachineSpec) -> Result<(), MachineError> {
             spec.disks.len() + spec.nics.len()
         ));
     }
-    spec.disks.iter().try_for_each(validate_disk)?;
+    spec.disks.iter().try_for_each(disks::validate)?;
     if let Some(nic) = spec.nics.iter().find(|nic| nic.mac.first().is_some_and(|b| b & 1 != 0) || nic.mtu < 68) {
         return bad(format!("network interface {:02x?} has a group address or an MTU of {} bytes", nic.mac, nic.mtu));
-    }
-    Ok(())
-}
-
-fn validate_disk(disk: &DiskSpec) -> Result<(), MachineError> {
-    if disk.serial.len() > MAX_SERIAL || !disk.serial.is_ascii() {
-        let text = format!("disk serial {:?} is not at most {MAX_SERIAL} ASCII bytes", disk.serial);
-        return Err(MachineError::Spec(text));
-    }
-    if !(1..=MAX_QUEUES).contains(&disk.queues) {
-        let text = format!("disk {} has {} queues; 1 to {MAX_QUEUES} are possible", disk.serial, disk.queues);
-        return Err(MachineError::Spec(text));
     }
     Ok(())
 }
@@ -310,27 +306,6 @@ impl Machine {
         self.ged.raise(POWER_BUTTON).map_err(host("interrupt the guest"))
     }
 
-    /// Puts a disk into a free PCI slot and tells the guest.
-    pub fn attach_disk(&mut self, spec: &DiskSpec, mut fds: Descriptors) -> Result<(), MachineError> {
-        validate_disk(spec)?;
-        Ok(self.io.attach_disk(take_disk(spec, &mut fds)?)?)
-    }
-
-    /// Asks the guest to let go of a disk, or with `force` takes it away; [`Machine::note_disk`] tells the end.
-    pub fn detach_disk(&mut self, serial: &str, force: bool) -> Result<(), MachineError> {
-        Ok(self.io.detach_disk(serial, force)?)
-    }
-
-    /// Makes a disk larger and shows the guest.
-    pub fn resize_disk(&mut self, serial: &str, bytes: u64) -> Result<(), MachineError> {
-        Ok(self.io.resize_disk(serial, bytes)?)
-    }
-
-    /// Takes in an event about a disk; the disk that is detached now, if one is.
-    pub fn note_disk(&mut self, event: DiskEvent) -> Option<Detached> {
-        self.io.note(event)
-    }
-
     /// Counters.
     pub fn stats(&self) -> Result<Stats, MachineError> {
         let devices = self.io.stats()?;
@@ -381,7 +356,7 @@ impl Machine {
 fn take_devices(spec: &MachineSpec, fds: &mut Descriptors) -> Result<DeviceList, MachineError> {
     let mut devices = DeviceList::default();
     for disk in &spec.disks {
-        devices.disks.push(take_disk(disk, fds)?);
+        devices.disks.push(disks::take(disk, fds)?);
     }
     for nic in &spec.nics {
         devices.nics.push(Nic { mac: nic.mac, mtu: nic.mtu, tap: fds.take(nic.tap, "tap")? });
@@ -389,16 +364,6 @@ fn take_devices(spec: &MachineSpec, fds: &mut Descriptors) -> Result<DeviceList,
     devices.rng = spec.rng.map(|index| fds.take(index, "entropy source").map(File::from)).transpose()?;
     devices.balloon = true;
     Ok(devices)
-}
-
-fn take_disk(disk: &DiskSpec, fds: &mut Descriptors) -> Result<Disk, MachineError> {
-    let DiskBacking::Raw { file } = disk.backing;
-    Ok(Disk {
-        serial: disk.serial.clone(),
-        file: File::from(fds.take(file, "disk")?),
-        read_only: disk.read_only,
-        queues: disk.queues,
-    })
 }
 
 fn pci_layout(ram: RamLayout) -> PciLayout {

@@ -410,6 +410,10 @@ impl Volume for LayeredVolume {
         LayeredVolume::grow(self, bytes)
     }
 
+    fn close(&self) -> Result<(), BlockError> {
+        self.close_clean()
+    }
+
     /// Not for the thread of a queue while requests are in flight on it.
     fn sync(&self) -> Result<(), BlockError> {
         self.inline().flush()

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod lock;
+mod obey;
 pub mod protocol;
 pub mod server;
 pub mod socket;

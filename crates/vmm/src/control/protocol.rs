@@ -85,6 +85,75 @@ pub enum DiskBacking {
         /// It.
         file: FdIndex,
     },
+    /// A volume of its own blocks over a shared base; see docs/storage.md.
+    Layered(Box<LayeredSpec>),
+}
+
+/// The files and terms of a layered volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayeredSpec {
+    /// The volume's own blocks.
+    pub data: FdIndex,
+    /// Its map. The VMM locks it; the sender must close its own copy of the descriptor.
+    pub map: FdIndex,
+    /// Where the other blocks are read from; absent when there are none.
+    pub base: Option<BaseSpec>,
+    /// An eventfd that the agent writes after it set presence bits.
+    pub wake: FdIndex,
+    /// Key of `data`, when the volume is encrypted.
+    pub key: Option<DiskKey>,
+    /// Attachment generation: refused when the map has seen a newer one.
+    pub generation: u64,
+    /// Rate limits.
+    pub limits: DiskLimits,
+    /// Use direct I/O for `data` where the file system has it.
+    pub direct: bool,
+}
+
+/// The shared base of a volume's snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseSpec {
+    /// Content of the chunks that are present.
+    pub data: FdIndex,
+    /// A memfd sealed against shrinking, with one bit per chunk in little-endian u64 words, set after the chunk was written.
+    pub presence: FdIndex,
+    /// Key of `data`, when the base is stored encrypted.
+    pub key: Option<DiskKey>,
+}
+
+/// An AES-256-XTS key. Never printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskKey {
+    /// Key of the data.
+    pub data: [u8; 32],
+    /// Key of the tweaks; must differ from the other.
+    pub tweak: [u8; 32],
+}
+
+impl std::fmt::Debug for DiskKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DiskKey(..)")
+    }
+}
+
+/// Most a disk may do; 0 = not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLimits {
+    /// Operations per second; a request counts once per started 256 KiB.
+    pub iops: u64,
+    /// Bytes read and written per second.
+    pub bytes_per_second: u64,
+}
+
+/// One disk of a [`Command::Freeze`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeSpec {
+    /// [`DiskSpec::serial`] of a layered disk.
+    pub serial: String,
+    /// An empty file that takes chunks as they were, each at its offset on the volume.
+    pub stage: FdIndex,
+    /// Frozen set and progress, at least `hearth_block::staged_bytes` long.
+    pub staged: FdIndex,
 }
 
 /// One virtio network device.
@@ -158,6 +227,35 @@ pub enum Command {
         /// New size, a multiple of 512 and not less than the old one.
         bytes: u64,
     },
+    /// New rate limits for a layered disk, from now on.
+    SetDiskLimits {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Them.
+        limits: DiskLimits,
+    },
+    /// Fix the point in time of a snapshot of these layered disks, all at one instant, while the guest runs. Answered by
+    /// [`Outcome::Frozen`] when it is fixed: all of them are frozen, or on an error none. One freeze at a time, and it ends when
+    /// the connection does before it is answered.
+    Freeze {
+        /// The disks.
+        disks: Vec<FreezeSpec>,
+    },
+    /// Copy these chunks of a frozen disk to its stage soon. Their bits in `staged` and [`Event::ChunksStaged`] tell when each
+    /// is there.
+    StageChunks {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Chunk numbers.
+        chunks: Vec<u64>,
+    },
+    /// End a freeze.
+    Thaw {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// The snapshot failed: the next one has to have the frozen chunks too.
+        restore_dirty: bool,
+    },
     /// Flush disks and exit with [`exit::KILLED`], whatever the guest does.
     Kill,
 }
@@ -196,6 +294,11 @@ pub enum Outcome {
     },
     /// Counters.
     Stats(Box<Stats>),
+    /// The point in time is fixed.
+    Frozen {
+        /// Number of frozen chunks per disk, in the order of the command.
+        chunks: Vec<u64>,
+    },
 }
 
 /// Life of the machine inside one VMM process.
@@ -228,6 +331,54 @@ pub enum Event {
         serial: String,
         /// All its writes were made durable. False only when the host's file system failed.
         durable: bool,
+    },
+    /// Requests wait for chunks of a disk's base. Chunks still waited for are told again to each new connection.
+    FetchChunks {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Chunk numbers, at most 4096 in one event.
+        chunks: Vec<u64>,
+    },
+    /// Chunks of a frozen disk are complete in its stage. Not repeated: `staged` tells the same.
+    ChunksStaged {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Chunk numbers, at most 4096 in one event.
+        chunks: Vec<u64>,
+    },
+    /// Requests to a disk wait or fail. While it lasts it is told again to each new connection.
+    VolumeImpaired {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// Why.
+        cause: VolumeCause,
+    },
+    /// Nothing waits any more.
+    VolumeRecovered {
+        /// [`DiskSpec::serial`].
+        serial: String,
+    },
+}
+
+/// Why a volume cannot make progress or lost its promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeCause {
+    /// The host's file system is full: writes wait and are repeated.
+    NoSpace,
+    /// A chunk of the base did not come for some seconds: requests for it wait.
+    ChunkUnavailable {
+        /// The chunk.
+        chunk: u64,
+    },
+    /// Making writes durable failed: all further writes and flushes fail. Final.
+    SyncFailed {
+        /// Error number.
+        errno: i32,
+    },
+    /// Copying to the stage failed: the snapshot in progress is lost, the volume goes on.
+    StageFailed {
+        /// Error number.
+        errno: i32,
     },
 }
 

@@ -5,13 +5,11 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use super::protocol::{
-    Command, Event, MAX_MESSAGE_BYTES, MachineState, Message, Outcome, PROTOCOL_VERSION, Reply, Request, exit,
-};
+use super::obey::{News, PendingFreeze};
+use super::protocol::{Command, Event, MAX_MESSAGE_BYTES, Message, Reply, Request, exit};
 use super::socket::{self, Packet};
-use crate::boot::Placement;
 use crate::events::MachineEvent;
-use crate::machine::{Descriptors, Machine};
+use crate::machine::Machine;
 use crate::memory_use;
 
 /// Most events kept for an agent that is away.
@@ -26,8 +24,8 @@ const OUTPUT_DELAY: Duration = Duration::from_millis(2);
 pub struct Server {
     listener: Option<OwnedFd>,
     connection: Option<OwnedFd>,
-    machine: Option<Machine>,
-    born: Instant,
+    pub(super) machine: Option<Machine>,
+    pub(super) born: Instant,
     /// Print counters when the machine ends; the process's memory map, opened while that was allowed.
     report: Option<File>,
     /// Events no agent has been told of.
@@ -36,6 +34,8 @@ pub struct Server {
     input: Vec<u8>,
     /// When console output that has begun is passed on.
     flush_at: Option<Instant>,
+    /// A freeze that waits for writes in flight.
+    pub(super) freezing: Option<PendingFreeze>,
     /// The guest's panic has been told: it can report as many as it likes, but neither fill logs nor the agent's socket.
     panicked: bool,
 }
@@ -71,6 +71,7 @@ impl Server {
             kept: Vec::new(),
             input: Vec::new(),
             flush_at: None,
+            freezing: None,
             panicked: false,
         })
     }
@@ -94,6 +95,7 @@ impl Server {
             kept: Vec::new(),
             input: Vec::new(),
             flush_at: None,
+            freezing: None,
             panicked: false,
         })
     }
@@ -128,16 +130,18 @@ impl Server {
         }
     }
 
-    /// Milliseconds until console output is due; -1 when there is none. Passes on what is due now.
+    /// Milliseconds until something is due; -1 when nothing is. Does what is due now.
     fn poll_timeout(&mut self) -> i32 {
-        let Some(at) = self.flush_at else { return -1 };
+        let freeze = self.turn_freeze();
+        let Some(at) = self.flush_at else { return freeze };
         let left = at.saturating_duration_since(Instant::now());
         if left.is_zero() {
             self.flush_at = None;
             self.with_console(|machine| machine.console().send_output());
             return 0;
         }
-        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        let left = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+        if freeze < 0 { left } else { left.min(freeze) }
     }
 
     /// What to wait for now.
@@ -228,7 +232,10 @@ impl Server {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         match socket::accept(listener.as_fd()) {
-            Ok(Some(connection)) => self.connection = Some(connection),
+            Ok(Some(connection)) => {
+                self.drop_connection();
+                self.connection = Some(connection);
+            }
             Ok(None) => {}
             Err(e) => log(&format!("cannot accept a control connection: {e}")),
         }
@@ -239,13 +246,13 @@ impl Server {
         match socket::receive(connection.as_fd()) {
             Ok(Some(packet)) => self.serve_packet(packet),
             Ok(None) => {
-                self.connection = None;
+                self.drop_connection();
                 Turn::GoOn
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Turn::GoOn,
             Err(e) => {
                 log(&format!("control connection dropped: {e}"));
-                self.connection = None;
+                self.drop_connection();
                 Turn::GoOn
             }
         }
@@ -260,62 +267,26 @@ impl Server {
                     "control connection dropped: a message of {} bytes is not understood: {e}",
                     packet.bytes.len()
                 ));
-                self.connection = None;
+                self.drop_connection();
                 return Turn::GoOn;
             }
         };
         let (hello, kill) =
             (matches!(request.command, Command::Hello { .. }), matches!(request.command, Command::Kill));
-        let outcome = self.obey(request.command, packet.fds);
-        self.send(&Message::Reply(Reply { id: request.id, outcome }));
+        if let Some(outcome) = self.obey(request.id, request.command, packet.fds) {
+            self.send(&Message::Reply(Reply { id: request.id, outcome }));
+        }
         if hello {
             for event in std::mem::take(&mut self.kept) {
                 self.tell(event);
             }
+            self.tell_conditions();
         }
         if kill { Turn::Exit(self.end(exit::KILLED, "")) } else { Turn::GoOn }
     }
 
-    fn obey(&mut self, command: Command, fds: Vec<OwnedFd>) -> Result<Outcome, String> {
-        let machine = self.machine.as_mut();
-        let none = || "there is no machine yet".to_owned();
-        let done = |result: Result<(), crate::machine::MachineError>| {
-            result.map(|()| Outcome::Done).map_err(|e| e.to_string())
-        };
-        match command {
-            Command::Hello { version } if version != PROTOCOL_VERSION => {
-                Err(format!("this VMM speaks protocol version {PROTOCOL_VERSION}, not {version}"))
-            }
-            Command::Hello { .. } => Ok(Outcome::Hello {
-                version: PROTOCOL_VERSION,
-                instance_id: machine.as_ref().map(|m| m.instance_id().to_owned()).unwrap_or_default(),
-                state: machine.map_or(MachineState::Empty, |m| m.state()),
-            }),
-            Command::Create(_) if machine.is_some() => Err("there is a machine already".to_owned()),
-            Command::Create(spec) => {
-                let machine = Machine::create(&spec, Descriptors::new(fds), Placement::Copy, self.born)
-                    .map_err(|e| e.to_string())?;
-                self.machine = Some(machine);
-                Ok(Outcome::Done)
-            }
-            Command::Start => done(machine.ok_or_else(none)?.start()),
-            Command::Pause => done(machine.ok_or_else(none)?.pause()),
-            Command::Resume => done(machine.ok_or_else(none)?.resume()),
-            Command::PowerButton => done(machine.ok_or_else(none)?.power_button()),
-            Command::Stats => machine
-                .ok_or_else(none)?
-                .stats()
-                .map(|stats| Outcome::Stats(Box::new(stats)))
-                .map_err(|e| e.to_string()),
-            Command::AttachDisk(disk) => done(machine.ok_or_else(none)?.attach_disk(&disk, Descriptors::new(fds))),
-            Command::DetachDisk { serial, force } => done(machine.ok_or_else(none)?.detach_disk(&serial, force)),
-            Command::ResizeDisk { serial, bytes } => done(machine.ok_or_else(none)?.resize_disk(&serial, bytes)),
-            Command::Kill => Ok(Outcome::Done),
-        }
-    }
-
     /// Sends to the agent; one that does not read is disconnected.
-    fn send(&mut self, message: &Message) -> bool {
+    pub(super) fn send(&mut self, message: &Message) -> bool {
         let Some(connection) = &self.connection else { return false };
         let bytes = match postcard::to_allocvec(message) {
             Ok(bytes) if bytes.len() <= MAX_MESSAGE_BYTES => bytes,
@@ -327,20 +298,34 @@ impl Server {
         let sent = socket::send(connection.as_fd(), &bytes, &[]);
         if let Err(e) = &sent {
             log(&format!("control connection dropped: {e}"));
-            self.connection = None;
+            self.drop_connection();
         }
         sent.is_ok()
     }
 
+    fn drop_connection(&mut self) {
+        self.connection = None;
+        // Nobody would learn of it.
+        self.cancel_freeze();
+    }
+
     /// Tells the agent of an event, now or when it comes back.
-    fn tell(&mut self, event: Event) {
+    pub(super) fn tell(&mut self, event: Event) {
         let message = Message::Event(event);
         if self.send(&message) {
             return;
         }
         // A detachment is never forgotten: there are no more of them than the agent asked for.
         let Message::Event(event) = message else { return };
-        let keep = matches!(event, Event::DiskDetached { .. }) || self.kept.len() < MAX_KEPT_EVENTS;
+        let keep = match &event {
+            Event::DiskDetached { .. } => true,
+            // Told anew to who comes.
+            Event::FetchChunks { .. }
+            | Event::ChunksStaged { .. }
+            | Event::VolumeImpaired { .. }
+            | Event::VolumeRecovered { .. } => false,
+            _ => self.kept.len() < MAX_KEPT_EVENTS,
+        };
         if keep && !self.kept.contains(&event) {
             self.kept.push(event);
         }
@@ -348,6 +333,7 @@ impl Server {
 
     fn take_events(&mut self) -> Turn {
         let Some(events) = self.machine.as_ref().map(|machine| machine.events().take()) else { return Turn::GoOn };
+        let mut news = News::default();
         for event in events {
             let (event, code, why) = match event {
                 MachineEvent::Panicked if self.panicked => continue,
@@ -358,9 +344,7 @@ impl Server {
                     continue;
                 }
                 MachineEvent::Disk(event) => {
-                    if let Some(disk) = self.machine.as_mut().and_then(|machine| machine.note_disk(event)) {
-                        self.tell(Event::DiskDetached { serial: disk.serial, durable: disk.durable });
-                    }
+                    news.extend(self.machine.as_mut().and_then(|machine| machine.note_disk(event)));
                     continue;
                 }
                 MachineEvent::PoweredOff => (Some(Event::PoweredOff), exit::POWER_OFF, String::new()),
@@ -376,6 +360,9 @@ impl Server {
                 self.tell(event);
             }
             return Turn::Exit(code);
+        }
+        for event in news.into_events() {
+            self.tell(event);
         }
         Turn::GoOn
     }

@@ -8,7 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::control::client::{Client, ClientError};
-use crate::control::protocol::{BootSpec, ConsoleSpec, DiskBacking, DiskSpec, MachineSpec, NicSpec};
+use crate::control::protocol::{
+    BootSpec, ConsoleSpec, DiskBacking, DiskSpec, MachineSpec, MachineState, NicSpec, Outcome,
+};
 
 /// Long enough for a loaded machine; nothing here waits that long unless it fails.
 const PATIENCE: Duration = Duration::from_secs(60);

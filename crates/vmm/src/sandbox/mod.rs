@@ -113,10 +113,10 @@ mod tests {
     #[test]
     fn every_list_compiles_and_stays_short() {
         for (kind, most) in [
-            (ThreadKind::Control, 40),
+            (ThreadKind::Control, 50),
             (ThreadKind::Vcpu, 25),
-            (ThreadKind::Io { io_uring: true }, 40),
-            (ThreadKind::Io { io_uring: false }, 45),
+            (ThreadKind::Io { io_uring: true }, 42),
+            (ThreadKind::Io { io_uring: false }, 47),
         ] {
             assert!(rules::allowed(kind).unwrap().len() <= most, "{kind:?}: {}", rules::allowed(kind).unwrap().len());
             Filter::new(kind).unwrap();

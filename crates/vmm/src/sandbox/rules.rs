@@ -18,6 +18,7 @@ const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 /// the others set up the ring of a disk that is attached.
 const REGISTER_ENABLE_RINGS: u64 = 12;
 const REGISTER_FILES: u64 = 2;
+const REGISTER_FILES_UPDATE: u64 = 6;
 const REGISTER_RESTRICTIONS: u64 = 11;
 const REGISTER_IOWQ_MAX_WORKERS: u64 = 19;
 /// Size of a block device in bytes (linux/fs.h).
@@ -47,24 +48,35 @@ const COMMON: [libc::c_long; 20] = [
     libc::SYS_write,
 ];
 
-/// The control thread serves sockets, kicks vCPUs, and opens and resizes the disks it is handed.
-const CONTROL: [libc::c_long; 12] = [
+/// The control thread serves sockets, kicks vCPUs, and opens, grows, freezes and closes the disks it is handed.
+const CONTROL: [libc::c_long; 23] = [
     libc::SYS_accept4,
     libc::SYS_eventfd2,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
     libc::SYS_fstat,
     libc::SYS_ftruncate,
     libc::SYS_io_uring_setup,
     libc::SYS_poll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_statx,
     libc::SYS_tgkill,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
 ];
 
 /// The I/O thread moves disk and network data.
-const IO: [libc::c_long; 14] = [
+const IO: [libc::c_long; 15] = [
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
@@ -78,6 +90,7 @@ const IO: [libc::c_long; 14] = [
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_readv,
+    libc::SYS_timerfd_settime,
     libc::SYS_writev,
 ];
 
@@ -108,8 +121,11 @@ pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
     };
     // Debug builds look whether a descriptor is open before they close it. Console clients and connections become non-blocking.
     let commands: &[libc::c_int] = match kind {
-        ThreadKind::Control => &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL],
-        _ => &[libc::F_GETFD],
+        // Volumes are locked, switched between direct and buffered I/O, and their shared memory is looked at.
+        ThreadKind::Control => &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_OFD_SETLK, libc::F_GET_SEALS],
+        // The last user of a volume unlocks it.
+        ThreadKind::Io { .. } => &[libc::F_GETFD, libc::F_OFD_SETLK],
+        ThreadKind::Vcpu => &[libc::F_GETFD],
     };
     let commands = commands.iter().map(|command| argument(1, *command as u64)).collect::<Result<_, _>>()?;
     rules.insert(libc::SYS_fcntl, commands);
@@ -123,20 +139,21 @@ pub(super) fn allowed(kind: ThreadKind) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
     if let ThreadKind::Io { io_uring: true } = kind {
         rules.insert(libc::SYS_io_uring_enter, Vec::new());
-        rules.insert(libc::SYS_io_uring_register, vec![argument(1, REGISTER_ENABLE_RINGS)?]);
+        // A layered volume's stage takes its place among the registered files when a snapshot begins.
+        let later = vec![argument(1, REGISTER_ENABLE_RINGS)?, argument(1, REGISTER_FILES_UPDATE)?];
+        rules.insert(libc::SYS_io_uring_register, later);
     }
     if let ThreadKind::Io { io_uring: false } = kind {
         rules.extend(START_THREADS.map(|call| (call, Vec::new())));
     }
-    if !matches!(kind, ThreadKind::Io { .. }) {
-        // The exit code, in the instance lock; and on the control thread the kernel's counters, which are only read.
+    if kind == ThreadKind::Vcpu {
+        // The exit code, in the instance lock.
         rules.insert(libc::SYS_pwrite64, vec![argument(0, LOCK_FD as u64)?]);
     }
     if kind == ThreadKind::Control {
         let set_up = [REGISTER_FILES, REGISTER_RESTRICTIONS, REGISTER_IOWQ_MAX_WORKERS];
         let set_up = set_up.iter().map(|operation| argument(1, *operation)).collect::<Result<_, _>>()?;
         rules.insert(libc::SYS_io_uring_register, set_up);
-        rules.insert(libc::SYS_pread64, Vec::new());
     }
     Ok(rules)
 }

@@ -25,6 +25,8 @@ pub(crate) enum Wake {
     Queue(usize),
     /// The descriptor of `Backend::event_fd` became ready.
     Fd,
+    /// The descriptor of `Backend::wake_fd` became ready.
+    Outside,
 }
 
 /// What serves the queues: owned by the I/O thread alone.
@@ -34,6 +36,21 @@ pub(crate) trait Backend: Send {
 
     /// A descriptor to watch (edge-triggered, in and out) from activation on.
     fn event_fd(&self) -> Option<RawFd>;
+
+    /// True for a device that works also without a driver: its descriptors are watched and it runs from the start.
+    fn always_on(&self) -> bool {
+        false
+    }
+
+    /// A second descriptor to watch (edge-triggered, never read) from the start.
+    fn wake_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// Requests in flight wait for something outside this process, perhaps for ever.
+    fn is_stuck(&self) -> bool {
+        false
+    }
 
     /// A queue starts moving.
     fn start_queue(&mut self, queue: VirtQueue);
@@ -67,11 +84,6 @@ pub(crate) trait Backend: Send {
 
     /// The volume has this many bytes now.
     fn resized(&mut self, _bytes: u64) {}
-
-    /// Makes completed writes durable; for shutdown.
-    fn sync(&self) -> Result<(), Broken> {
-        Ok(())
-    }
 
     /// Adds the device's counters to the set's, in construction order.
     fn collect(&self, stats: &mut DeviceStats);

@@ -25,6 +25,9 @@ use super::net::{self, Link, NetBackend, Tap};
 use super::rng::{self, RngBackend};
 use super::shared::DeviceShared;
 use super::transport::Profile;
+use super::volume::Backing;
+#[cfg(test)]
+use super::volume::OpenVolume;
 use crate::bus::BusDevice;
 use crate::control::protocol::{DiskStats, NicStats};
 use crate::events::EventSink;
@@ -38,8 +41,8 @@ const STACK_BYTES: usize = 256 * 1024;
 pub struct Disk {
     /// Up to 20 ASCII bytes, answered to VIRTIO_BLK_T_GET_ID.
     pub serial: String,
-    /// Raw file or block device.
-    pub file: File,
+    /// Where its bytes are.
+    pub backing: Backing,
     /// Offer VIRTIO_BLK_F_RO and fail writes.
     pub read_only: bool,
     /// Request queues, 1..=16.
@@ -197,7 +200,7 @@ impl Builder {
 
     #[cfg(test)]
     pub(crate) fn add_volume(&mut self, serial: &str, volume: Arc<dyn Volume>, queues: u16) -> Result<(), VirtioError> {
-        let disk = self.factory.make_volume(serial, volume, queues)?;
+        let disk = self.factory.make_volume(self.factory.next_id(), serial, OpenVolume::plain(volume), queues)?;
         self.add_made_disk(disk)
     }
 
@@ -240,7 +243,8 @@ impl Builder {
         config: Vec<u8>,
         backend: impl FnOnce(Arc<DeviceShared>) -> Box<dyn Backend>,
     ) -> Result<(), VirtioError> {
-        let Made { slot, function, device } = self.factory.make(name, profile, config, backend)?;
+        let Made { slot, function, device } =
+            self.factory.make(self.factory.next_id(), name, profile, config, backend)?;
         self.devices.push(device);
         self.fixed |= 1 << slot;
         Ok(self.factory.bus.publish(slot, function)?)

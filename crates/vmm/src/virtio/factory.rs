@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use hearth_block::{Engine, RawFile, Volume};
-
 use super::VirtioError;
 use super::backend::Backend;
 use super::block::{self, BlockBackend};
@@ -13,6 +11,7 @@ use super::io_device::{DeviceId, IoDevice};
 use super::io_thread::{CommandSender, eventfd};
 use super::shared::DeviceShared;
 use super::transport::{BAR_BYTES, Profile, VirtioPci};
+use super::volume::OpenVolume;
 use crate::pci::PciBus;
 
 /// virtio-blk's serial field.
@@ -31,7 +30,7 @@ pub(crate) struct Made {
 pub(crate) struct MadeDisk {
     pub(crate) made: Made,
     pub(crate) serial: String,
-    pub(crate) volume: Arc<dyn Volume>,
+    pub(crate) volume: OpenVolume,
 }
 
 pub(crate) struct Factory {
@@ -47,9 +46,15 @@ impl Factory {
         Ok(Self { bus, commands: CommandSender::new()?, next_device: AtomicU32::new(0), platform })
     }
 
+    /// A number for a new device.
+    pub(crate) fn next_id(&self) -> DeviceId {
+        self.next_device.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// A device for the lowest free slot.
     pub(crate) fn make(
         &self,
+        id: DeviceId,
         name: String,
         profile: &Profile,
         config: Vec<u8>,
@@ -61,7 +66,6 @@ impl Factory {
         if address + BAR_BYTES > window.end {
             return Err(VirtioError::WindowTooSmall(slot));
         }
-        let id: DeviceId = self.next_device.fetch_add(1, Ordering::Relaxed);
         let queues = profile.queue_sizes.len();
         let shared = Arc::new(DeviceShared::new(queues, config, Arc::clone(&self.platform.msi)));
         let doorbells = (0..queues).map(|_| eventfd().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
@@ -78,33 +82,42 @@ impl Factory {
         Ok(Made { slot, function: Arc::new(function), device: IoDevice::new(id, name, shared, doorbells, backend) })
     }
 
-    /// A disk over `disk`'s backing.
+    /// A disk over `disk`'s backing. Blocks while that is opened.
     pub(crate) fn make_disk(&self, disk: Disk) -> Result<MadeDisk, VirtioError> {
-        let Disk { serial, file, read_only, queues } = disk;
-        let volume = RawFile::new(file, read_only, Engine::Auto)
+        let Disk { serial, backing, read_only, queues } = disk;
+        // Before the volume is opened, which may already change it.
+        check(&serial, queues)?;
+        self.bus.free_slot()?;
+        let id = self.next_id();
+        let volume = OpenVolume::open(backing, read_only, id, &self.platform.events)
             .map_err(|source| VirtioError::Volume { serial: serial.clone(), source })?;
-        self.make_volume(&serial, Arc::new(volume), queues)
+        self.make_volume(id, &serial, volume, queues)
     }
 
-    /// A disk over any volume.
+    /// A disk over an open volume.
     pub(crate) fn make_volume(
         &self,
+        id: DeviceId,
         serial: &str,
-        volume: Arc<dyn Volume>,
+        volume: OpenVolume,
         queues: u16,
     ) -> Result<MadeDisk, VirtioError> {
-        if serial.is_empty() || serial.len() > SERIAL_BYTES || !serial.is_ascii() {
-            return Err(VirtioError::BadSerial(serial.to_owned()));
-        }
-        if !(1..=QUEUES_MAX).contains(&queues) {
-            return Err(VirtioError::BadQueueCount { serial: serial.to_owned(), queues });
-        }
-        let profile = block::profile(volume.as_ref(), queues);
-        let config = block::config_space(volume.as_ref(), queues);
-        let memory = &self.platform.memory;
-        let mut backend = BlockBackend::new(Arc::clone(&volume), serial, usize::from(queues), memory);
+        check(serial, queues)?;
+        let profile = block::profile(volume.volume.as_ref(), queues);
+        let config = block::config_space(volume.volume.as_ref(), queues);
+        let mut backend = BlockBackend::new(volume.clone(), serial, usize::from(queues), &self.platform.memory);
         backend.open().map_err(|source| VirtioError::Volume { serial: serial.to_owned(), source })?;
-        let made = self.make(format!("disk {serial}"), &profile, config, |_| Box::new(backend))?;
+        let made = self.make(id, format!("disk {serial}"), &profile, config, |_| Box::new(backend))?;
         Ok(MadeDisk { made, serial: serial.to_owned(), volume })
     }
+}
+
+fn check(serial: &str, queues: u16) -> Result<(), VirtioError> {
+    if serial.is_empty() || serial.len() > SERIAL_BYTES || !serial.is_ascii() {
+        return Err(VirtioError::BadSerial(serial.to_owned()));
+    }
+    if !(1..=QUEUES_MAX).contains(&queues) {
+        return Err(VirtioError::BadQueueCount { serial: serial.to_owned(), queues });
+    }
+    Ok(())
 }

@@ -6,9 +6,10 @@
 //! keeps its slot until the guest lets go of it. (Taken off the bus under a driver's feet it would read as all ones, and
 //! Linux's virtio driver then waits for the end of its reset for ever.)
 
+use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use hearth_block::{SECTOR_BYTES, Volume};
+use hearth_block::{Cause, SECTOR_BYTES};
 
 use super::VirtioError;
 use super::factory::{Made, MadeDisk};
@@ -16,6 +17,7 @@ use super::io_device::{DeviceId, IoDevice};
 use super::io_thread::{Command, CommandSender, DepartureSink};
 use super::shared::{DeviceShared, lock};
 use super::transport::VirtioPci;
+use super::volume::{Layered, OpenVolume};
 use crate::acpi::hotplug::HotplugRegisters;
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
@@ -37,15 +39,83 @@ pub enum DiskEvent {
         /// The device.
         device: DeviceId,
     },
+    /// Requests wait for a chunk of the base.
+    Fetch {
+        /// The device.
+        device: DeviceId,
+        /// The chunk.
+        chunk: u64,
+    },
+    /// Requests wait or fail.
+    Impaired {
+        /// The device.
+        device: DeviceId,
+        /// Why.
+        cause: Cause,
+    },
+    /// Nothing waits any more.
+    Recovered {
+        /// The device.
+        device: DeviceId,
+    },
+    /// A chunk is complete in the stage of a freeze.
+    Staged {
+        /// The device.
+        device: DeviceId,
+        /// The chunk.
+        chunk: u64,
+    },
 }
 
-/// A disk whose volume is free again.
+impl DiskEvent {
+    fn device(self) -> DeviceId {
+        match self {
+            Self::Released { device, .. }
+            | Self::Gone { device }
+            | Self::Fetch { device, .. }
+            | Self::Impaired { device, .. }
+            | Self::Recovered { device }
+            | Self::Staged { device, .. } => device,
+        }
+    }
+}
+
+/// What the agent is to be told of the disk named `serial`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Detached {
+pub struct DiskNotice {
     /// Which.
     pub serial: String,
-    /// The last flush succeeded.
-    pub durable: bool,
+    /// What.
+    pub news: DiskNews,
+}
+
+/// See [`DiskNotice`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskNews {
+    /// Its volume is free again.
+    Detached {
+        /// All its writes were made durable.
+        durable: bool,
+    },
+    /// It needs this chunk.
+    Fetch(u64),
+    /// Requests wait or fail.
+    Impaired(Cause),
+    /// Nothing waits any more.
+    Recovered,
+    /// This chunk is in the stage.
+    Staged(u64),
+}
+
+/// What an agent that was away has to know of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskCondition {
+    /// Which.
+    pub serial: String,
+    /// Chunks it waits for.
+    pub chunks: Vec<u64>,
+    /// Why requests wait or fail, if they do.
+    pub impaired: Option<Cause>,
 }
 
 /// Reports departures as machine events.
@@ -67,7 +137,8 @@ struct Entry {
     slot: usize,
     serial: String,
     /// `None` once it was given back.
-    volume: Option<Arc<dyn Volume>>,
+    volume: Option<OpenVolume>,
+    impaired: Option<Cause>,
     shared: Arc<DeviceShared>,
     /// Off the bus.
     ejected: bool,
@@ -80,7 +151,7 @@ pub(crate) struct Arrival {
     function: Arc<VirtioPci>,
     shared: Arc<DeviceShared>,
     serial: String,
-    volume: Arc<dyn Volume>,
+    volume: OpenVolume,
 }
 
 impl Arrival {
@@ -135,7 +206,15 @@ impl Hotplug {
         let Arrival { device, slot, function, shared, serial, volume } = disk;
         let mut state = lock(&self.state);
         self.bus.publish(slot, function)?;
-        state.entries.push(Entry { device, slot, serial, volume: Some(volume), shared, ejected: false });
+        state.entries.push(Entry {
+            device,
+            slot,
+            serial,
+            volume: Some(volume),
+            impaired: None,
+            shared,
+            ejected: false,
+        });
         Ok(slot)
     }
 
@@ -171,11 +250,16 @@ impl Hotplug {
     }
 
     /// The volume of a disk, to be looked at or grown.
-    pub(crate) fn volume(&self, serial: &str) -> Result<(DeviceId, Arc<dyn Volume>), VirtioError> {
+    pub(crate) fn volume(&self, serial: &str) -> Result<(DeviceId, OpenVolume), VirtioError> {
         let mut state = lock(&self.state);
         let entry = state.find(serial)?;
         let missing = || VirtioError::NoSuchDisk(serial.to_owned());
         Ok((entry.device, entry.volume.clone().ok_or_else(missing)?))
+    }
+
+    /// The layered engine of a disk.
+    pub(crate) fn layered(&self, serial: &str) -> Result<Layered, VirtioError> {
+        self.volume(serial)?.1.layered.ok_or_else(|| VirtioError::NotLayered(serial.to_owned()))
     }
 
     /// Shows the guest a new capacity. The I/O thread must know of it already.
@@ -189,21 +273,58 @@ impl Hotplug {
         Ok(())
     }
 
-    /// Notes what the I/O thread told; a disk whose volume is free now.
-    pub(crate) fn note(&self, event: DiskEvent) -> Option<Detached> {
+    /// Notes what happened to a disk; what the agent is to be told of it. Closing a volume blocks.
+    pub(crate) fn note(&self, event: DiskEvent) -> Option<DiskNotice> {
         let mut state = lock(&self.state);
-        match event {
-            DiskEvent::Released { device, durable } => {
-                let entry = state.entries.iter_mut().find(|entry| entry.device == device)?;
-                // The last reference: this closes the file.
-                entry.volume.take()?;
-                Some(Detached { serial: entry.serial.clone(), durable })
-            }
-            DiskEvent::Gone { device } => {
-                state.entries.retain(|entry| entry.device != device);
-                None
-            }
+        let device = event.device();
+        if let DiskEvent::Gone { .. } = event {
+            state.entries.retain(|entry| entry.device != device);
+            return None;
         }
+        let entry = state.entries.iter_mut().find(|entry| entry.device == device && entry.volume.is_some())?;
+        let serial = entry.serial.clone();
+        let news = match event {
+            DiskEvent::Fetch { chunk, .. } => DiskNews::Fetch(chunk),
+            DiskEvent::Staged { chunk, .. } => DiskNews::Staged(chunk),
+            DiskEvent::Impaired { cause, .. } => {
+                entry.impaired = Some(cause);
+                DiskNews::Impaired(cause)
+            }
+            DiskEvent::Recovered { .. } => {
+                entry.impaired = None;
+                DiskNews::Recovered
+            }
+            DiskEvent::Released { durable, .. } => {
+                let volume = entry.volume.take()?;
+                drop(state);
+                // The last reference: its files are closed then.
+                let closed = close(&serial, volume);
+                return Some(DiskNotice { serial, news: DiskNews::Detached { durable: durable && closed } });
+            }
+            DiskEvent::Gone { .. } => return None,
+        };
+        Some(DiskNotice { serial, news })
+    }
+
+    /// What an agent that comes back has to know.
+    pub(crate) fn conditions(&self) -> Vec<DiskCondition> {
+        let state = lock(&self.state);
+        let condition = |entry: &Entry| {
+            let layered = entry.volume.as_ref()?.layered.as_ref()?;
+            let chunks = layered.volume.pending_fetches();
+            Some(DiskCondition { serial: entry.serial.clone(), chunks, impaired: entry.impaired })
+        };
+        state.entries.iter().filter_map(condition).collect()
+    }
+
+    /// Closes every volume, once the I/O thread is over. False when writes may not be durable.
+    pub(crate) fn close_all(&self) -> bool {
+        let entries = std::mem::take(&mut lock(&self.state).entries);
+        let mut durable = true;
+        for entry in entries {
+            durable &= entry.volume.is_none_or(|volume| close(&entry.serial, volume));
+        }
+        durable
     }
 
     fn eject(&self, slots: u32, state: &mut State) {
@@ -215,6 +336,14 @@ impl Hotplug {
             }
         }
     }
+}
+
+fn close(serial: &str, volume: OpenVolume) -> bool {
+    let closed = volume.volume.close();
+    if let Err(error) = &closed {
+        let _ = writeln!(std::io::stderr(), "disk {serial}: {error}");
+    }
+    closed.is_ok()
 }
 
 impl BusDevice for Hotplug {

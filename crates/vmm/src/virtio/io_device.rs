@@ -16,6 +16,7 @@ pub type DeviceId = u32;
 
 /// Source numbers of epoll tokens beside those of queues.
 pub(super) const FD: u64 = 0xffff_ffff;
+pub(super) const OUTSIDE: u64 = 0xffff_fffe;
 
 pub(super) fn token(device: DeviceId, source: u64) -> u64 {
     (u64::from(device) << 32) | source
@@ -96,17 +97,34 @@ impl IoDevice {
         }
     }
 
-    /// Watches the doorbells.
-    pub(super) fn watch_doorbells(&self, epoll: &Epoll) -> std::io::Result<()> {
+    /// Watches what is to be watched from the start.
+    pub(super) fn watch(&mut self, epoll: &Epoll) -> std::io::Result<()> {
         for (index, doorbell) in self.doorbells.iter().enumerate() {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token(self.id, index as u64));
             epoll.ctl(ControlOperation::Add, doorbell.as_raw_fd(), event)?;
         }
+        if let Some(fd) = self.backend.wake_fd() {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token(self.id, OUTSIDE));
+            epoll.ctl(ControlOperation::Add, fd, event)?;
+        }
+        if self.backend.always_on() {
+            self.watch_event_fd(epoll)?;
+            self.runnable = true;
+        }
         Ok(())
+    }
+
+    /// Whether wake-ups concern it.
+    pub(super) fn listens(&self) -> bool {
+        self.state != State::Inactive || self.departs() || self.backend.always_on()
     }
 
     /// Watches the backend's descriptor, if it has one and it is not watched yet.
     pub(super) fn watch_backend(&mut self, epoll: &Epoll) -> Result<(), Broken> {
+        self.watch_event_fd(epoll).map_err(Broken::Watch)
+    }
+
+    fn watch_event_fd(&mut self, epoll: &Epoll) -> std::io::Result<()> {
         let wanted = self.backend.event_fd();
         if let Some(fd) = wanted
             && self.watched != wanted
@@ -114,7 +132,7 @@ impl IoDevice {
             let set = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
             // The descriptor of an earlier activation is closed and so out of the set already.
             let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token(self.id, FD))).map_err(Broken::Watch)?;
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token(self.id, FD)))?;
             self.watched = wanted;
         }
         Ok(())
@@ -133,6 +151,11 @@ impl IoDevice {
     /// Requests of the guest that the host still works on.
     pub(super) fn in_flight(&self) -> usize {
         (0..self.doorbells.len()).map(|index| self.backend.in_flight(index)).sum()
+    }
+
+    /// Nothing is in flight, or only what waits for someone outside, who may need the paused machine's control thread.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.in_flight() == 0 || self.backend.is_stuck()
     }
 
     pub(super) fn stop_queues(&mut self) {
@@ -195,9 +218,8 @@ impl IoDevice {
     }
 
     fn begin_departure(&mut self, epoll: &Epoll) {
-        // A device that was never activated is not watched yet, but its last flush has to be noticed.
-        if let Err(error) = self.watch_backend(epoll) {
-            self.break_down(&error);
+        if let Some(fd) = self.backend.wake_fd() {
+            let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
         self.backend.retire();
         self.runnable = true;

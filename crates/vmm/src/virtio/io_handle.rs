@@ -5,15 +5,17 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use hearth_block::SECTOR_BYTES;
 #[cfg(test)]
 use hearth_block::Volume;
+use hearth_block::{LayeredVolume, SECTOR_BYTES};
 
 use super::VirtioError;
 use super::device_set::{DeviceStats, Disk};
 use super::factory::{Factory, MadeDisk};
-use super::hotplug::{Arrival, Detached, DiskEvent, Hotplug};
+use super::hotplug::{Arrival, DiskCondition, DiskEvent, DiskNotice, Hotplug};
 use super::io_thread::Command;
+#[cfg(test)]
+use super::volume::OpenVolume;
 
 /// How often a waiting caller looks whether the I/O thread still lives.
 const LIVENESS: Duration = Duration::from_millis(100);
@@ -58,7 +60,7 @@ impl IoThread {
     #[cfg(test)]
     pub(super) fn attach_volume(&self, serial: &str, volume: Arc<dyn Volume>, queues: u16) -> Result<(), VirtioError> {
         self.hotplug.check_serial(serial)?;
-        self.attach(self.factory.make_volume(serial, volume, queues)?)
+        self.attach(self.factory.make_volume(self.factory.next_id(), serial, OpenVolume::plain(volume), queues)?)
     }
 
     fn attach(&self, disk: MadeDisk) -> Result<(), VirtioError> {
@@ -77,6 +79,7 @@ impl IoThread {
     /// Shows the guest that a disk has grown to `bytes`; its file is made to have them.
     pub fn resize_disk(&self, serial: &str, bytes: u64) -> Result<(), VirtioError> {
         let (device, volume) = self.hotplug.volume(serial)?;
+        let volume = volume.volume;
         let from = volume.size_bytes();
         if bytes < from || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(VirtioError::Shrink { serial: serial.to_owned(), from, to: bytes });
@@ -86,16 +89,28 @@ impl IoThread {
         self.hotplug.show_capacity(serial, bytes)
     }
 
-    /// Takes in what [`DiskEvent`] tells; the disk that is detached now, if one is.
-    pub fn note(&self, event: DiskEvent) -> Option<Detached> {
+    /// The layered engine of a disk.
+    pub fn layered(&self, serial: &str) -> Result<Arc<LayeredVolume>, VirtioError> {
+        Ok(self.hotplug.layered(serial)?.volume)
+    }
+
+    /// Takes in what happened to a disk; what the agent is to be told.
+    pub fn note(&self, event: DiskEvent) -> Option<DiskNotice> {
         self.hotplug.note(event)
     }
 
-    /// Finishes what is in flight, makes every disk durable (fdatasync) and ends the thread.
+    /// What an agent that comes back has to know of the disks.
+    pub fn conditions(&self) -> Vec<DiskCondition> {
+        self.hotplug.conditions()
+    }
+
+    /// Ends the thread once the host has finished what it works on, and makes every disk durable.
     pub fn stop(mut self) -> Result<(), VirtioError> {
-        let stopped = self.ask(|done| Command::Stop { flush: true, done });
+        let stopped = self.ask(|done| Command::Stop { done });
         self.join()?;
-        stopped?
+        let durable = self.hotplug.close_all();
+        stopped?;
+        if durable { Ok(()) } else { Err(VirtioError::NotDurable) }
     }
 
     /// True once the thread ended, which before `stop` means that the machine cannot go on.
@@ -127,7 +142,7 @@ impl IoThread {
 impl Drop for IoThread {
     fn drop(&mut self) {
         if self.thread.is_some() {
-            let _ = self.ask(|done| Command::Stop { flush: false, done });
+            let _ = self.ask(|done| Command::Stop { done });
             let _ = self.join();
         }
     }

@@ -18,7 +18,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::backend::Wake;
 use super::common_config::QueueSetup;
-use super::io_device::{Departure, DeviceId, FD, IoDevice, Milestone, State};
+use super::io_device::{Departure, DeviceId, FD, IoDevice, Milestone, OUTSIDE, State};
 use super::queue::VirtQueue;
 use super::shared::lock;
 use super::{DeviceStats, VirtioError};
@@ -70,8 +70,7 @@ pub(crate) enum Command {
         reply: SyncSender<DeviceStats>,
     },
     Stop {
-        flush: bool,
-        done: SyncSender<Result<(), VirtioError>>,
+        done: SyncSender<()>,
     },
 }
 
@@ -130,15 +129,15 @@ impl IoLoop {
     pub(crate) fn new(
         mailbox: CommandSender,
         memory: Arc<GuestMemoryMmap>,
-        devices: Vec<IoDevice>,
+        mut devices: Vec<IoDevice>,
         departures: Box<dyn DepartureSink>,
     ) -> Result<Self, VirtioError> {
         let setup = |source| VirtioError::Setup { what: "epoll", source };
         let epoll = Epoll::new().map_err(setup)?;
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, MAILBOX);
         epoll.ctl(ControlOperation::Add, mailbox.0.event.as_raw_fd(), event).map_err(setup)?;
-        for device in &devices {
-            device.watch_doorbells(&epoll).map_err(setup)?;
+        for device in &mut devices {
+            device.watch(&epoll).map_err(setup)?;
         }
         Ok(Self { epoll, mailbox, memory, devices, departures, paused: false, pausing: Vec::new() })
     }
@@ -165,6 +164,7 @@ impl IoLoop {
             match (event.data(), event.data() & FD) {
                 (MAILBOX, _) => told = true,
                 (_, FD) => self.wake(device, Wake::Fd),
+                (_, OUTSIDE) => self.wake(device, Wake::Outside),
                 (_, index) => self.wake(device, Wake::Queue(index as usize)),
             }
         }
@@ -207,7 +207,7 @@ impl IoLoop {
 
     fn wake(&mut self, id: DeviceId, wake: Wake) {
         if let Some(device) = self.find(id)
-            && (device.state != State::Inactive || device.departs())
+            && device.listens()
         {
             device.backend.wake(wake);
             device.runnable = true;
@@ -258,17 +258,18 @@ impl IoLoop {
                 Command::Stats { reply } => {
                     let _ = reply.send(self.device_stats());
                 }
-                Command::Stop { flush, done } => {
-                    let result = if flush { self.drain_and_sync() } else { Ok(()) };
-                    let _ = done.send(result);
+                Command::Stop { done } => {
+                    // Waits for what the kernel works on; volumes are closed by the control thread.
+                    self.devices.clear();
+                    let _ = done.send(());
                     return false;
                 }
             }
         }
     }
 
-    fn add(&mut self, device: IoDevice) -> Result<(), VirtioError> {
-        device.watch_doorbells(&self.epoll).map_err(|source| VirtioError::Setup { what: "epoll", source })?;
+    fn add(&mut self, mut device: IoDevice) -> Result<(), VirtioError> {
+        device.watch(&self.epoll).map_err(|source| VirtioError::Setup { what: "epoll", source })?;
         self.devices.push(device);
         Ok(())
     }
@@ -334,7 +335,7 @@ impl IoLoop {
     }
 
     fn wake_all(&mut self) {
-        for device in self.devices.iter_mut().filter(|device| device.state != State::Inactive) {
+        for device in self.devices.iter_mut().filter(|device| device.listens()) {
             for index in 0..device.doorbells.len() {
                 device.backend.wake(Wake::Queue(index));
             }
@@ -344,39 +345,10 @@ impl IoLoop {
     }
 
     fn settle_pause(&mut self) {
-        if !self.pausing.is_empty() && self.devices.iter().all(|device| device.in_flight() == 0) {
+        if !self.pausing.is_empty() && self.devices.iter().all(IoDevice::is_quiet) {
             for done in self.pausing.drain(..) {
                 let _ = done.send(());
             }
         }
-    }
-
-    /// The orderly end: nothing new is taken, what is in flight finishes, disks become durable.
-    fn drain_and_sync(&mut self) -> Result<(), VirtioError> {
-        self.paused = true;
-        while self.devices.iter().any(|device| device.in_flight() > 0) {
-            for device in &mut self.devices {
-                if device.in_flight() > 0 {
-                    device.backend.wake(Wake::Fd);
-                    device.runnable = true;
-                }
-            }
-            for device in &mut self.devices {
-                if std::mem::take(&mut device.runnable)
-                    && let Err(error) = device.backend.run(false)
-                {
-                    device.break_down(&error);
-                }
-            }
-            // Wakes up early for completions; what else happened no longer matters.
-            let _ = self.epoll.wait(10, &mut [EpollEvent::default(); 8]);
-        }
-        let mut result = Ok(());
-        for device in &self.devices {
-            if let Err(error) = device.backend.sync() {
-                result = Err(VirtioError::IoThreadGone(error.to_string()));
-            }
-        }
-        result
     }
 }

@@ -21,14 +21,16 @@ mod queue;
 mod rng;
 mod shared;
 mod transport;
+mod volume;
 
 #[cfg(test)]
 mod tests;
 
 pub use device_set::{DeviceList, DeviceSet, DeviceStats, Disk, Nic, Platform};
-pub use hotplug::{Detached, DiskEvent};
+pub use hotplug::{DiskCondition, DiskEvent, DiskNews, DiskNotice};
 pub use io_device::DeviceId;
 pub use io_handle::IoThread;
+pub use volume::{Backing, LayeredBacking};
 
 use std::io;
 
@@ -82,6 +84,9 @@ pub enum VirtioError {
     /// No such disk.
     #[error("no disk with serial {0} is attached")]
     NoSuchDisk(String),
+    /// A disk whose backing has no engine for what is asked.
+    #[error("disk {0} is a raw file: it has neither rate limits nor snapshots")]
+    NotLayered(String),
     /// A disk can only grow.
     #[error("disk {serial} has {from} bytes and cannot become {to}: it can only grow, by whole sectors")]
     Shrink {
@@ -112,6 +117,9 @@ pub enum VirtioError {
     /// `start` was called twice.
     #[error("the I/O thread was already started")]
     AlreadyStarted,
+    /// A disk's last writes may be lost; which, has been logged.
+    #[error("not every disk could be made durable")]
+    NotDurable,
     /// The I/O thread is gone; the machine cannot go on.
     #[error("the I/O thread ended: {0}")]
     IoThreadGone(String),

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use hearth_block::{BlockError, Completion, Operation, Request, Volume, VolumeQueue};
+use hearth_block::{BlockError, Completion, Operation, Request, VolumeQueue};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -13,6 +13,7 @@ use crate::control::protocol::DiskStats;
 use crate::virtio::DeviceStats;
 use crate::virtio::backend::{Backend, Broken, Wake};
 use crate::virtio::queue::{Chain, QueueError, VirtQueue};
+use crate::virtio::volume::OpenVolume;
 
 /// Volume requests in flight per disk: bounds host memory whatever the guest queues.
 const IN_FLIGHT_MAX: usize = 256;
@@ -61,7 +62,7 @@ fn whole_sectors(bytes: u64) -> u64 {
 /// A disk's I/O side.
 pub(crate) struct BlockBackend {
     /// `None` once given back.
-    volume: Option<Arc<dyn Volume>>,
+    volume: Option<OpenVolume>,
     retirement: Retirement,
     serial_text: String,
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
@@ -81,7 +82,8 @@ pub(crate) struct BlockBackend {
 }
 
 impl BlockBackend {
-    pub(crate) fn new(volume: Arc<dyn Volume>, serial: &str, queues: usize, memory: &Arc<GuestMemoryMmap>) -> Self {
+    pub(crate) fn new(open: OpenVolume, serial: &str, queues: usize, memory: &Arc<GuestMemoryMmap>) -> Self {
+        let volume = &open.volume;
         let limits = volume.limits();
         let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
         padded.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
@@ -92,7 +94,7 @@ impl BlockBackend {
             max_write_zeroes: limits.max_write_zeroes_bytes,
         };
         Self {
-            volume: Some(volume),
+            volume: Some(open),
             retirement: Retirement::No,
             serial_text: serial.to_owned(),
             serial: padded,
@@ -113,7 +115,7 @@ impl BlockBackend {
     /// Opens the volume's queue. Done before the I/O thread is confined: it may not make rings or threads afterwards.
     pub(crate) fn open(&mut self) -> Result<(), BlockError> {
         if let (None, Some(volume)) = (&self.io, &self.volume) {
-            self.io = Some(volume.open_queue(IN_FLIGHT_MAX)?);
+            self.io = Some(volume.volume.open_queue(IN_FLIGHT_MAX)?);
         }
         Ok(())
     }
@@ -137,6 +139,10 @@ impl BlockBackend {
 
     /// Goes on giving back the volume as far as requests in flight allow. True when something may have completed.
     fn turn_retirement(&mut self) -> Result<bool, Broken> {
+        if matches!(self.retirement, Retirement::Draining | Retirement::Flushing) && self.is_stuck() {
+            // Nobody may ever bring what these requests wait for.
+            self.give_up()?;
+        }
         let idle = self.io.as_ref().is_none_or(|io| io.in_flight() == 0);
         if self.retirement != Retirement::Draining || !idle {
             return Ok(false);
@@ -154,6 +160,18 @@ impl BlockBackend {
         }
         sent?;
         Ok(true)
+    }
+
+    /// Ends every request in flight with an error, after the kernel is done with its buffers.
+    fn give_up(&mut self) -> Result<(), Broken> {
+        self.io = None;
+        self.retirement = Retirement::Draining;
+        self.free.clear();
+        for mut pending in std::mem::take(&mut self.pending).into_iter().flatten() {
+            pending.failed = true;
+            self.finish(&pending)?;
+        }
+        Ok(())
     }
 
     fn release(&mut self, durable: bool) {
@@ -287,11 +305,15 @@ impl BlockBackend {
         }
         let Some(pending) = self.pending.get_mut(slot).and_then(Option::take) else { return Ok(()) };
         self.free.push(slot);
+        self.finish(&pending)
+    }
+
+    fn finish(&mut self, pending: &Pending) -> Result<(), Broken> {
         if let Some(count) = self.in_flight.get_mut(pending.queue) {
             *count = count.saturating_sub(1);
         }
-        self.count(&pending);
-        self.answer(&pending, if pending.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK })
+        self.count(pending);
+        self.answer(pending, if pending.failed { VIRTIO_BLK_S_IOERR } else { VIRTIO_BLK_S_OK })
     }
 
     fn count(&mut self, pending: &Pending) {
@@ -341,6 +363,18 @@ impl Backend for BlockBackend {
         self.io.as_ref().map(|io| io.completion_fd().as_raw_fd())
     }
 
+    fn always_on(&self) -> bool {
+        true
+    }
+
+    fn wake_fd(&self) -> Option<RawFd> {
+        self.volume.as_ref().and_then(OpenVolume::wake_fd)
+    }
+
+    fn is_stuck(&self) -> bool {
+        self.volume.as_ref().is_some_and(OpenVolume::is_stuck)
+    }
+
     fn start_queue(&mut self, queue: VirtQueue) {
         let index = queue.index();
         if let Some(slot) = self.queues.get_mut(index) {
@@ -358,8 +392,11 @@ impl Backend for BlockBackend {
         self.in_flight.get(index).copied().unwrap_or(0)
     }
 
-    fn wake(&mut self, _wake: Wake) {
+    fn wake(&mut self, wake: Wake) {
         // Looking at every ring costs less than remembering which one was notified.
+        if let (Wake::Outside, Some(volume)) = (wake, &self.volume) {
+            volume.chunks_came();
+        }
     }
 
     fn run(&mut self, accept: bool) -> Result<bool, Broken> {
@@ -412,10 +449,6 @@ impl Backend for BlockBackend {
 
     fn resized(&mut self, bytes: u64) {
         self.bounds.size = whole_sectors(bytes);
-    }
-
-    fn sync(&self) -> Result<(), Broken> {
-        self.volume.as_ref().map_or(Ok(()), |volume| Ok(volume.sync()?))
     }
 
     fn collect(&self, stats: &mut DeviceStats) {

@@ -7,7 +7,7 @@ use hearth_block::Operation;
 use super::driver::*;
 use super::machine::*;
 use super::volumes::Held;
-use crate::virtio::Disk;
+use crate::virtio::{Backing, Disk};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -22,7 +22,7 @@ pub fn disk_file(sectors: u64) -> File {
 }
 
 fn disk(file: &File, read_only: bool, queues: u16) -> Disk {
-    Disk { serial: "vol0123456789abcdef0".into(), file: file.try_clone().unwrap(), read_only, queues }
+    Disk { serial: "vol0123456789abcdef0".into(), backing: Backing::Raw(file.try_clone().unwrap()), read_only, queues }
 }
 
 struct Setup {

@@ -217,7 +217,12 @@ impl Guest {
     fn new() -> Self {
         let (near, far) = wire();
         let machine = Machine::new(|builder| {
-            let disk = Disk { serial: "vol1".into(), file: disk_file(64), read_only: false, queues: 2 };
+            let disk = Disk {
+                serial: "vol1".into(),
+                backing: crate::virtio::Backing::Raw(disk_file(64)),
+                read_only: false,
+                queues: 2,
+            };
             builder.add_disk(disk).unwrap();
             builder.add_nic(0, [2, 0, 0, 0, 0, 1], 1500, Box::new(near)).unwrap();
             builder.add_rng(std::fs::File::open("/dev/urandom").unwrap()).unwrap();

@@ -14,7 +14,7 @@ use crate::acpi::hotplug::{EJECT, INSERTED, REMOVALS};
 use crate::events::MachineEvent;
 use crate::pci::PciError;
 use crate::pci::fuzzing::fuzz;
-use crate::virtio::{Detached, Disk, VirtioError};
+use crate::virtio::{Backing, Disk, DiskNews, DiskNotice, VirtioError};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -41,7 +41,7 @@ impl Machine {
     }
 
     /// What the control thread would do with waiting events.
-    fn take_detached(&self) -> Vec<Detached> {
+    fn take_detached(&self) -> Vec<DiskNotice> {
         let note = |event| match event {
             MachineEvent::Disk(event) => self.thread().note(event),
             other => panic!("{other:?}"),
@@ -49,7 +49,7 @@ impl Machine {
         self.events.take().into_iter().filter_map(note).collect()
     }
 
-    fn wait_detached(&mut self) -> Detached {
+    fn wait_detached(&mut self) -> DiskNotice {
         let mut detached = Vec::new();
         self.turn_until(|machine| {
             detached.extend(machine.take_detached());
@@ -58,6 +58,10 @@ impl Machine {
         assert_eq!(detached.len(), 1, "{detached:?}");
         detached.remove(0)
     }
+}
+
+fn detached(serial: &str, durable: bool) -> DiskNotice {
+    DiskNotice { serial: serial.into(), news: DiskNews::Detached { durable } }
 }
 
 struct Request {
@@ -90,7 +94,10 @@ impl Request {
 
 fn file_disk(serial: &str, sectors: u64) -> (std::fs::File, Disk) {
     let file = disk_file(sectors);
-    (file.try_clone().unwrap(), Disk { serial: serial.into(), file, read_only: false, queues: 2 })
+    (
+        file.try_clone().unwrap(),
+        Disk { serial: serial.into(), backing: Backing::Raw(file), read_only: false, queues: 2 },
+    )
 }
 
 #[test]
@@ -147,7 +154,7 @@ fn a_disk_asked_back_works_until_the_guest_ejects_it_and_is_flushed_after_that()
     machine.turn_until(|_| held.waiting() == 1);
     assert_eq!(held.seen(), [Operation::Read, Operation::Write, Operation::Flush]);
     held.release(1, true);
-    assert_eq!(machine.wait_detached(), Detached { serial: "vol-a".into(), durable: true });
+    assert_eq!(machine.wait_detached(), detached("vol-a", true));
     assert_eq!(machine.bytes(queues[0].used, 64), ring, "the rings of a function that has gone are not touched");
     machine.turn_until(|_| held.handles() == 1);
     assert!(machine.io.device_stats().disks.is_empty());
@@ -176,7 +183,7 @@ fn a_forced_detachment_takes_the_volume_and_leaves_a_dead_disk_for_the_guest_to_
     machine.turn_until(|_| held.waiting() == 1);
     assert_eq!(held.seen(), [Operation::Write, Operation::Flush]);
     held.release(1, true);
-    assert_eq!(machine.wait_detached(), Detached { serial: "vol-a".into(), durable: true });
+    assert_eq!(machine.wait_detached(), detached("vol-a", true));
     machine.turn_until(|_| held.handles() == 1);
 
     // The guest still talks to it, and may even start it again.
@@ -218,7 +225,7 @@ fn a_failed_last_flush_is_told() {
         }
         machine.turn_until(|_| held.waiting() == 1);
         held.release(1, false);
-        assert_eq!(machine.wait_detached(), Detached { serial, durable: false });
+        assert_eq!(machine.wait_detached(), detached(&serial, false));
         if !force {
             machine.attach_held("vol-filler");
         }
@@ -237,7 +244,7 @@ fn a_broken_disk_leaves_as_well() {
     machine.thread().detach_disk("vol-a", true).unwrap();
     machine.turn_until(|_| held.waiting() == 1);
     held.release(1, true);
-    assert!(machine.wait_detached().durable);
+    assert_eq!(machine.wait_detached(), detached("vol-a", true));
     machine.eject(2);
     assert!(!machine.present(1));
 }
@@ -364,7 +371,7 @@ fn storms_leave_nothing_behind() {
                 Step::Start(_) => {}
                 Step::Events => {
                     for disk in machine.take_detached() {
-                        prop_assert!(disk.durable);
+                        prop_assert_eq!(disk.news, DiskNews::Detached { durable: true });
                         told += 1;
                         let at = attached.iter().position(|serial| *serial == disk.serial);
                         attached.remove(at.expect("told once per attachment"));

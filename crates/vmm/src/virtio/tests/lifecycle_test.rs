@@ -207,7 +207,12 @@ fn a_broken_ring_breaks_only_its_device() {
 #[test]
 fn requests_taken_just_before_a_queue_breaks_are_still_finished() {
     let file = super::block_test::disk_file(64);
-    let disk = crate::virtio::Disk { serial: "vol1".into(), file, read_only: false, queues: 2 };
+    let disk = crate::virtio::Disk {
+        serial: "vol1".into(),
+        backing: crate::virtio::Backing::Raw(file),
+        read_only: false,
+        queues: 2,
+    };
     let mut machine = Machine::new(|builder| builder.add_disk(disk).unwrap());
     let (driver, mut queues) = Driver::start(&mut machine, 1, u64::MAX, 16);
     let (head, status) = (machine.allocate(16), machine.allocate(1));

@@ -32,7 +32,7 @@ struct Slot {
 
 fn blocks(features: u64, seed: u64, requests: usize) {
     let file = disk_file(SECTORS);
-    let disk = Disk { serial: "vol1".into(), file, read_only: false, queues: 2 };
+    let disk = Disk { serial: "vol1".into(), backing: crate::virtio::Backing::Raw(file), read_only: false, queues: 2 };
     let mut machine = Machine::threaded(|builder| builder.add_disk(disk).unwrap());
     let (driver, mut queues) = Driver::start(&mut machine, 1, features, 64);
     let mut random = Random(seed);

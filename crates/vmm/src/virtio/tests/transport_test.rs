@@ -2,12 +2,13 @@ use super::block_test::disk_file;
 use super::driver::*;
 use super::machine::*;
 use crate::virtio::device_set::Builder;
-use crate::virtio::{DeviceList, DeviceSet, Disk, Nic, VirtioError};
+use crate::virtio::{Backing, DeviceList, DeviceSet, Disk, Nic, VirtioError};
 
 fn two_disks() -> Machine {
     Machine::new(|builder| {
         for serial in ["vol-a", "vol-b"] {
-            let disk = Disk { serial: serial.into(), file: disk_file(64), read_only: false, queues: 2 };
+            let disk =
+                Disk { serial: serial.into(), backing: Backing::Raw(disk_file(64)), read_only: false, queues: 2 };
             builder.add_disk(disk).unwrap();
         }
     })
@@ -185,12 +186,12 @@ fn impossible_specs_are_refused_with_reasons() {
         parts(|builder| error = builder.add_disk(disk).err());
         error.expect("an error")
     };
-    let disk = || Disk { serial: "vol1".into(), file: disk_file(8), read_only: false, queues: 1 };
+    let disk = || Disk { serial: "vol1".into(), backing: Backing::Raw(disk_file(8)), read_only: false, queues: 1 };
     assert!(matches!(build(Disk { serial: "x".repeat(21), ..disk() }), VirtioError::BadSerial(_)));
     assert!(matches!(build(Disk { queues: 17, ..disk() }), VirtioError::BadQueueCount { queues: 17, .. }));
     assert!(matches!(build(Disk { queues: 0, ..disk() }), VirtioError::BadQueueCount { queues: 0, .. }));
     let directory = std::fs::File::open("/").unwrap();
-    assert!(matches!(build(Disk { file: directory, ..disk() }), VirtioError::Volume { .. }));
+    assert!(matches!(build(Disk { backing: Backing::Raw(directory), ..disk() }), VirtioError::Volume { .. }));
 
     let twice = |builder: &mut Builder| builder.add_disk(disk()).and_then(|()| builder.add_disk(disk())).err();
     let mut error = None;
