@@ -5,6 +5,7 @@ mod block_test;
 mod driver;
 mod hostile_test;
 mod hotplug_test;
+mod layered_test;
 mod lifecycle_test;
 mod machine;
 mod net_test;
