@@ -121,6 +121,8 @@ fn disks_are_attached_used_grown_and_detached_with_one_and_with_four_cpus() {
 fn a_storm_of_attachments_and_detachments_leaves_the_guest_whole() {
     let mut vmm = Vmm::start();
     let mut console = vmm.boot_tiny();
+    // Disks that are torn away make the kernel complain on the console.
+    console.run("dmesg -n 1");
     for round in 0..20 {
         // Two at once, and the next pair before the guest has looked at the first.
         let pair = [2 * round, 2 * round + 1];
@@ -149,8 +151,7 @@ fn a_storm_of_attachments_and_detachments_leaves_the_guest_whole() {
         }
     }
     console.run("while [ $(ls -d /sys/block/vd* | wc -l) != 1 ]; do usleep 20000; done");
-    let (complaints, _) = console.try_run("dmesg | grep -E 'BUG:|Oops|Call Trace|blocked for more' | head");
-    assert_eq!(complaints, "");
+    console.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|blocked for more'");
     assert_eq!(console.run("ls / | grep -c bin"), "2", "the root disk is there");
     // All 31 slots but those of the root disk, the entropy source and the balloon can be filled.
     for number in 100..128 {
