@@ -243,6 +243,7 @@ impl Machine {
                 VcpuFailure::Host(text) => MachineEvent::HostFailed(text),
             });
         });
+        sandbox::settle_allocator();
         sandbox::install_trap_handler().map_err(host("install a signal handler"))?;
         let vcpu_filter = Filter::new(ThreadKind::Vcpu)?;
         let confine_vcpu = Arc::new(move || vcpu_filter.apply().map_err(io::Error::other));
