@@ -11,13 +11,13 @@ use serde_json::Value;
 use crate::console::{Console, PATIENCE};
 use crate::{program, scratch, tiny_image};
 
-/// An operator's own instance type: h1d.tiny with half the CPU of the testbed's threads, more or less.
+/// An operator's own instance type: h1d.tiny with a part of one thread, less than the slowest host of a testbed has.
 const OWN_TYPE: &str = r#"
 [[instance_type]]
 name = "own.capped"
 vcpus = 1
 memory_mib = 128
-ecu_milli = 1200
+ecu_milli = 700
 instance_store_gib = [1, 1]
 max_network_interfaces = 2
 "#;
