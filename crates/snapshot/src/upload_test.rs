@@ -150,7 +150,10 @@ async fn a_source_that_fails_publishes_nothing() {
 #[tokio::test]
 async fn one_failed_chunk_ends_the_upload_at_once() {
     let faulty =
-        FaultStore::new(Arc::new(InMemory::new()), |call, _| if call == 60 { Fault::Refused } else { Fault::None });
+        FaultStore::new(
+            Arc::new(InMemory::new()),
+            |call, _| if (60..80).contains(&call) { Fault::Refused } else { Fault::None },
+        );
     let store = ChunkStore::new(faulty.clone(), domain("test"));
     let read: ReadChunk = Box::new(|index| Box::pin(async move { Ok(Some(chunk(index + 1))) }));
     let upload = SnapshotUpload::new(store, spec("snap-1", 2000, 0), None);
