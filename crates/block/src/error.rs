@@ -102,6 +102,9 @@ pub enum BlockError {
     /// The volume was closed.
     #[error("the volume is closed")]
     Closed,
+    /// The NBD server cannot be reached or used.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::NbdError),
     /// A read of a volume without a VMM failed.
     #[error(transparent)]
     Io(#[from] IoError),

@@ -1,5 +1,6 @@
 //! Volumes as the VMM sees them: the [`Volume`] and [`VolumeQueue`] traits, the layered engine [`LayeredVolume`] (a volume's
-//! own `data` file over the shared base of its snapshot) and the raw-file engine [`RawFile`].
+//! own `data` file over the shared base of its snapshot), the raw-file engine [`RawFile`] and the client of network block
+//! devices [`nbd::NbdVolume`].
 //!
 //! A disk front-end (virtio-blk) opens one [`VolumeQueue`] per I/O thread, hands it requests whose buffers are iovecs into
 //! guest memory, kicks once per batch and drains completions. Engines differ in where the bytes live; front-ends do not
@@ -11,6 +12,7 @@ mod error;
 mod layered;
 mod limit;
 pub mod map;
+pub mod nbd;
 mod raw;
 mod task;
 mod volume;
