@@ -11,7 +11,7 @@
 //! one may have lost what all of them wrote.
 //!
 //! **Reconnection.** A request that is not answered when its connection ends is sent again on the next one, until it is answered.
-//! Attempts are made at once, then after 20 ms, twice that, … up to 5 s apart. The guest sees a slow disk, never an error.
+//! Attempts are made at once, then after 40 ms, twice that, … up to 5 s apart. The guest sees a slow disk, never an error.
 //!
 //! **Flushes.** A server that dies may lose writes that it answered and that no FLUSH covered. Guests do not expect that from a disk
 //! that stays attached: they never write such data again, and a later flush that succeeds would be a lie. So the client keeps a copy

@@ -1,0 +1,175 @@
+//! All state of one NBD volume: its connections, its queues' requests, the log, and where a reconnection stands. One lock guards
+//! it, so that the thread of any queue can take every step.
+
+mod connections;
+mod queues;
+mod requests;
+mod steps;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+
+use super::error::NbdError;
+use super::handshake::Export;
+use super::link::Link;
+use super::log::Log;
+use super::task::Task;
+use super::{Connector, NbdEvents, NbdOptions};
+use crate::Completion;
+
+/// Where the volume stands with its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// No connection until then.
+    Down(Instant),
+    /// The first connection negotiates, at most until then.
+    Opening(Instant),
+    /// So many writes of the log are not yet repeated.
+    Repeating(usize),
+    /// They are, and become durable.
+    Flushing,
+}
+
+/// The file descriptors that one queue's thread waits for.
+#[derive(Debug)]
+pub(super) struct Wakes {
+    epoll: Epoll,
+    done: EventFd,
+}
+
+impl Wakes {
+    fn new(timer: &TimerFd) -> Result<Self, NbdError> {
+        let make = || -> nix::Result<Self> {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            let done = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+            epoll.add(&done, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+            epoll.add(timer, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+            Ok(Self { epoll, done })
+        };
+        make().map_err(|errno| NbdError::Events(errno.into()))
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+
+    /// Makes the eventfd unreadable.
+    pub(super) fn clear(&self) {
+        // Empty: nothing to clear.
+        let _ = self.done.read();
+    }
+}
+
+#[derive(Debug)]
+struct Queue {
+    wakes: Arc<Wakes>,
+    /// Waits for every link's events.
+    all_links: bool,
+    completions: Vec<Completion>,
+}
+
+pub(super) struct Session {
+    connector: Box<dyn Connector>,
+    events: Arc<dyn NbdEvents>,
+    options: NbdOptions,
+    export: Export,
+    size: u64,
+    phase: Phase,
+    links: Vec<Link>,
+    queues: Vec<Option<Queue>>,
+    tasks: Vec<Option<Task>>,
+    free_tasks: Vec<usize>,
+    /// Slots of tasks that have commands to send, in order.
+    waiting: VecDeque<usize>,
+    next_number: u64,
+    log: Log,
+    /// A flush to make room in the log is in flight, or not allowed before.
+    retiring: bool,
+    retire_after: Option<Instant>,
+    /// Connections in a row that brought nothing.
+    failures: u32,
+    /// `lost` was reported.
+    impaired: bool,
+    timer: TimerFd,
+    armed: Option<Instant>,
+}
+
+impl Session {
+    /// Takes the first, negotiated connection.
+    pub(super) fn new(
+        connector: Box<dyn Connector>,
+        events: Arc<dyn NbdEvents>,
+        options: NbdOptions,
+        link: Link,
+        export: Export,
+    ) -> Result<Self, NbdError> {
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
+            .map_err(|errno| NbdError::Events(errno.into()))?;
+        let log = Log::new(if export.flush { options.log_bytes } else { 0 });
+        Ok(Self {
+            connector,
+            events,
+            options,
+            export,
+            size: export.size_bytes,
+            phase: Phase::Running,
+            links: vec![link],
+            queues: Vec::new(),
+            tasks: Vec::new(),
+            free_tasks: Vec::new(),
+            waiting: VecDeque::new(),
+            next_number: 0,
+            log,
+            retiring: false,
+            retire_after: None,
+            failures: 0,
+            impaired: false,
+            timer,
+            armed: None,
+        })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn read_only(&self) -> bool {
+        self.export.read_only || self.options.read_only
+    }
+
+    pub(super) fn connect(&self) -> Result<OwnedFd, NbdError> {
+        self.connector.connect().map_err(NbdError::Connect)
+    }
+
+    pub(super) fn options(&self) -> &NbdOptions {
+        &self.options
+    }
+
+    /// The export was found larger: new connections see it so.
+    pub(super) fn grown(&mut self, size: u64) {
+        self.size = size;
+        self.lose(NbdError::Renegotiate);
+        self.failures = 0;
+        self.phase = Phase::Down(Instant::now());
+        self.pump_all();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        for link in &mut self.links {
+            link.disconnect();
+        }
+    }
+}
+
+fn interest(link: &Link) -> EpollFlags {
+    if link.blocked { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN }
+}
