@@ -28,6 +28,8 @@ pub enum Cause {
         /// Error number.
         errno: i32,
     },
+    /// The connection to the volume's server is lost: requests wait for a new one.
+    Disconnected,
     /// Copying to the stage failed: the snapshot in progress is lost, the volume goes on.
     StageFailed {
         /// Error number.

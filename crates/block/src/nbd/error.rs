@@ -117,3 +117,10 @@ pub enum NbdError {
     #[error("the export is negotiated anew")]
     Renegotiate,
 }
+
+impl NbdError {
+    /// Somebody else has to bring a connection.
+    pub(super) fn would_block(&self) -> bool {
+        matches!(self, Self::Connect(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}

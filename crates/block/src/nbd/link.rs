@@ -1,4 +1,6 @@
 //! One connection: a non-blocking stream socket, what is still to be sent, and the commands in flight.
+//!
+//! The socket is used by `readv` and `writev` alone, which every thread of a confined process may call that does I/O at all.
 
 use std::collections::VecDeque;
 use std::io;
@@ -207,7 +209,6 @@ unsafe impl Send for Link {}
 
 impl Link {
     pub(super) fn new(socket: OwnedFd, export: &str, owner: Option<usize>) -> Result<Self, NbdError> {
-        set_nonblocking(&socket).map_err(NbdError::Socket)?;
         Ok(Self {
             socket,
             owner,
@@ -266,16 +267,9 @@ impl Link {
     /// Ends the session in order, as far as the socket takes it at once.
     pub(super) fn disconnect(&mut self) {
         if self.is_ready() && self.outgoing.is_empty() {
-            let header = wire::request(wire::CMD_DISC, 0, 0, 0, 0);
-            // SAFETY: `header` is valid for its length. The outcome does not matter: the socket is closed next.
-            unsafe {
-                libc::send(
-                    self.socket.as_raw_fd(),
-                    header.as_ptr().cast(),
-                    header.len(),
-                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-                );
-            }
+            let mut header = wire::request(wire::CMD_DISC, 0, 0, 0, 0);
+            // The outcome does not matter: the socket is closed next.
+            let _ = send(&self.socket, &[libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: header.len() }]);
         }
     }
 
@@ -432,35 +426,26 @@ impl Link {
     }
 }
 
-fn set_nonblocking(socket: &OwnedFd) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
-fn message(iovecs: *mut libc::iovec, count: usize) -> libc::msghdr {
-    // SAFETY: all zeros is a valid msghdr.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = iovecs;
-    message.msg_iovlen = count;
-    message
+/// What a call on a socket has done: nothing when it was interrupted, no bytes when it would have to wait.
+fn moved(count: isize) -> Option<Result<Option<usize>, NbdError>> {
+    if let Ok(count) = usize::try_from(count) {
+        return Some(Ok(Some(count)));
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::WouldBlock => Some(Ok(None)),
+        io::ErrorKind::Interrupted => None,
+        _ => Some(Err(NbdError::Socket(error))),
+    }
 }
 
 /// `None` when the socket's buffer is full.
 fn send(socket: &OwnedFd, iovecs: &[libc::iovec]) -> Result<Option<usize>, NbdError> {
     loop {
-        let header = message(iovecs.as_ptr().cast_mut(), iovecs.len());
-        // SAFETY: the iovecs are readable: ours, or the submitter's until completion.
-        let count = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_NOSIGNAL) };
-        if let Ok(count) = usize::try_from(count) {
-            return Ok(Some(count));
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::WouldBlock => return Ok(None),
-            io::ErrorKind::Interrupted => {}
-            _ => return Err(NbdError::Socket(error)),
+        // SAFETY: the iovecs are readable: ours, or the submitter's until completion. At most `MAX_IOVECS`.
+        let count = unsafe { libc::writev(socket.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        if let Some(result) = moved(count) {
+            return result;
         }
     }
 }
@@ -468,19 +453,12 @@ fn send(socket: &OwnedFd, iovecs: &[libc::iovec]) -> Result<Option<usize>, NbdEr
 /// `None` when nothing is there.
 fn receive(socket: &OwnedFd, iovecs: &mut [libc::iovec]) -> Result<Option<usize>, NbdError> {
     loop {
-        let mut header = message(iovecs.as_mut_ptr(), iovecs.len());
-        // SAFETY: the iovecs are writable: ours, or the submitter's until completion.
-        let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
-        match usize::try_from(count) {
-            Ok(0) => return Err(NbdError::Closed),
-            Ok(count) => return Ok(Some(count)),
-            Err(_) => {}
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::WouldBlock => return Ok(None),
-            io::ErrorKind::Interrupted => {}
-            _ => return Err(NbdError::Socket(error)),
+        // SAFETY: the iovecs are writable: ours, or the submitter's until completion. At most `MAX_IOVECS` and one.
+        let count = unsafe { libc::readv(socket.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        match moved(count) {
+            Some(Ok(Some(0))) => return Err(NbdError::Closed),
+            Some(result) => return result,
+            None => {}
         }
     }
 }

@@ -52,11 +52,13 @@ pub use volume::{NbdQueue, NbdVolume};
 
 /// Hands out connections to the volume's server.
 pub trait Connector: Send + fmt::Debug {
-    /// A new, connected stream socket; its other end is a server that begins the negotiation. Called from I/O threads, so it must
-    /// not block for long; it may fail and is then called again later.
+    /// A new, connected, non-blocking (`O_NONBLOCK`) stream socket; its other end is a server that begins the negotiation. Called
+    /// from I/O threads, so it must not block for long; it may fail and is then called again later. The process must ignore
+    /// SIGPIPE, as Rust programs do.
     ///
     /// # Errors
-    /// There is no connection to be had now.
+    /// There is no connection to be had now. [`io::ErrorKind::WouldBlock`]: nothing was tried, because someone else has to bring a
+    /// connection; [`NbdVolume::connection_came`] tells that it is there. It is not counted as a failed attempt.
     fn connect(&self) -> io::Result<OwnedFd>;
 }
 
@@ -81,7 +83,8 @@ pub struct NbdOptions {
     pub handshake_timeout: Duration,
     /// A connection on which requests wait and nothing came for so long is given up.
     pub reply_timeout: Duration,
-    /// Longest that closing a queue waits for its requests, and [`Volume::sync`](crate::Volume::sync) for its flush.
+    /// Longest that closing a queue waits for its requests (not at all while the connection is lost), and
+    /// [`Volume::sync`](crate::Volume::sync) for its flush.
     pub close_timeout: Duration,
 }
 

@@ -21,6 +21,8 @@ pub(super) struct Task {
     pub(super) offset: u64,
     pub(super) length: u64,
     pub(super) iovecs: Vec<libc::iovec>,
+    /// The rate limits let it through.
+    pub(super) admitted: bool,
     /// Handed to a link.
     pub(super) dispatched: u64,
     /// Commands without an answer.
@@ -57,6 +59,7 @@ impl Task {
             offset,
             length,
             iovecs,
+            admitted: false,
             dispatched: 0,
             commands: 0,
             error: None,
@@ -73,6 +76,14 @@ impl Task {
         self.commands = 0;
         self.error = None;
         self.settling = false;
+    }
+
+    /// What counts for a limit of bytes.
+    pub(super) fn moved_bytes(&self) -> u64 {
+        match self.operation {
+            Operation::Read | Operation::Write => self.length,
+            _ => 0,
+        }
     }
 
     pub(super) fn modifies(&self) -> bool {

@@ -14,7 +14,7 @@ use super::link::Link;
 use super::session::{Session, Wakes};
 use super::task::Task;
 use super::{Connector, NbdEvents, NbdOptions};
-use crate::{BlockError, Completion, Limits, Operation, Request, Volume, VolumeQueue};
+use crate::{BlockError, Completion, Limits, Operation, RateLimits, Request, Volume, VolumeQueue};
 
 /// Largest discard or zeroing offered; longer than one command, it is sent as several.
 const MAX_RANGE_BYTES: u64 = 1 << 30;
@@ -59,6 +59,16 @@ impl NbdVolume {
     /// What the server offered when the volume was opened.
     pub fn export(&self) -> &Export {
         &self.export
+    }
+
+    /// Tells that the [`Connector`] has a connection which it did not have when it was last asked. Does not block.
+    pub fn connection_came(&self) {
+        lock(&self.session).connection_came();
+    }
+
+    /// New rate limits, from now on. Flushes are not limited, discards and zeroing count as operations without bytes.
+    pub fn set_rate_limits(&self, limits: RateLimits) {
+        lock(&self.session).set_rate_limits(limits);
     }
 
     fn queue(&self, capacity: usize, own_link: bool) -> Result<NbdQueue, NbdError> {
@@ -125,12 +135,10 @@ impl Volume for NbdVolume {
         Ok(Box::new(self.queue(capacity.clamp(1, 4096), true)?))
     }
 
-    /// NBD cannot resize; this asks the server on a new connection how long the export is by now.
+    /// NBD cannot resize. When the last negotiation did not find the export that long, this asks the server on a new connection
+    /// and goes on over that one: servers may know an export's length per connection.
     fn grow(&self, bytes: u64) -> Result<(), BlockError> {
-        let (from, socket, options) = {
-            let session = lock(&self.session);
-            (session.size(), session.connect()?, session.options().clone())
-        };
+        let from = self.size_bytes();
         let refuse = |errno| {
             let source = io::Error::from_raw_os_error(errno);
             Err(BlockError::Grow { from, to: bytes, source })
@@ -138,15 +146,22 @@ impl Volume for NbdVolume {
         if bytes < from || !bytes.is_multiple_of(u64::from(self.export.min_block_bytes)) {
             return refuse(libc::EINVAL);
         }
+        let (socket, options) = {
+            let mut session = lock(&self.session);
+            if session.grow(bytes) {
+                return Ok(());
+            }
+            (session.connect()?, session.options().clone())
+        };
         let mut link = Link::new(socket, &options.export, None)?;
         let export = negotiate(&mut link, options.handshake_timeout)?;
-        link.disconnect();
         if export.size_bytes < bytes {
+            link.disconnect();
             return refuse(libc::ENOSPC);
         }
-        if bytes > from {
-            lock(&self.session).grown(bytes);
-        }
+        let mut session = lock(&self.session);
+        session.adopt(link, &export)?;
+        session.grow(bytes);
         Ok(())
     }
 
@@ -169,6 +184,14 @@ impl Volume for NbdVolume {
                 None => wait(queue.wakes.fd(), PollFlags::POLLIN, until).map_err(BlockError::Sync)?,
             }
         }
+    }
+
+    /// Fails at once while the connection is lost: who closes a volume does not bring it a new one.
+    fn close(&self) -> Result<(), BlockError> {
+        if lock(&self.session).is_impaired() {
+            return Err(BlockError::Sync(io::ErrorKind::NotConnected.into()));
+        }
+        self.sync()
     }
 }
 
@@ -239,8 +262,8 @@ impl Drop for NbdQueue {
         // Neither fails: errors of the connection lead to a new one.
         let _ = self.kick();
         let _ = self.drain(&mut drop);
-        while self.in_flight > 0 && Instant::now() < until {
-            let _ = wait(self.wakes.fd(), PollFlags::POLLIN, until);
+        while self.in_flight > 0 && Instant::now() < until && !lock(&self.session).is_impaired() {
+            self.wakes.wait(until.saturating_duration_since(Instant::now()));
             let _ = self.drain(&mut drop);
         }
         lock(&self.session).close_queue(self.id);

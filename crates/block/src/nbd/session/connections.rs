@@ -14,6 +14,8 @@ use crate::nbd::wire;
 /// Before the second attempt; the first is made at once.
 const FIRST_DELAY: Duration = Duration::from_millis(40);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
+/// How often the connector is asked that waits for somebody else.
+const STARVED_DELAY: Duration = Duration::from_secs(1);
 
 impl Session {
     /// Gives up all connections. What is not answered waits for the next.
@@ -46,9 +48,16 @@ impl Session {
     }
 
     pub(super) fn reconnect(&mut self) {
+        self.starved = false;
         // Every queue's thread can take the steps of the reconnection.
         let link = self.connect().and_then(|socket| Link::new(socket, &self.options.export, None));
         match link {
+            Err(error @ NbdError::Connect(_)) if error.would_block() => {
+                self.starved = true;
+                self.impaired = true;
+                self.phase = Phase::Down(Instant::now() + STARVED_DELAY);
+                self.events.lost(&error);
+            }
             Ok(link) => {
                 self.phase = Phase::Opening(Instant::now() + self.options.handshake_timeout);
                 self.links.push(link);
@@ -60,6 +69,28 @@ impl Session {
         }
     }
 
+    /// The connector has a connection now.
+    pub(in crate::nbd) fn connection_came(&mut self) {
+        if self.starved && matches!(self.phase, Phase::Down(_)) {
+            self.phase = Phase::Down(Instant::now());
+            self.arm();
+        }
+    }
+
+    /// Goes on over a connection that was negotiated by someone else, after the export had grown.
+    pub(in crate::nbd) fn adopt(&mut self, link: Link, export: &Export) -> Result<(), NbdError> {
+        self.export.accepts(export).map_err(NbdError::Changed)?;
+        self.lose(NbdError::Renegotiate);
+        self.failures = 0;
+        self.phase = Phase::Opening(Instant::now() + self.options.handshake_timeout);
+        self.links.push(link);
+        if let Err(error) = self.watch(0).and_then(|()| self.negotiated(export)) {
+            self.lose(error);
+        }
+        self.pump_all();
+        Ok(())
+    }
+
     /// A link finished its negotiation.
     pub(super) fn negotiated(&mut self, export: &Export) -> Result<(), NbdError> {
         self.export.accepts(export).map_err(NbdError::Changed)?;
@@ -69,6 +100,7 @@ impl Session {
         if !matches!(self.phase, Phase::Opening(_)) {
             return Ok(());
         }
+        self.offered = export.size_bytes;
         let repeats = self.log.repeats();
         if repeats.is_empty() {
             return self.run();

@@ -9,9 +9,9 @@ mod steps;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
@@ -21,7 +21,8 @@ use super::link::Link;
 use super::log::Log;
 use super::task::Task;
 use super::{Connector, NbdEvents, NbdOptions};
-use crate::Completion;
+use crate::limit::Limiter;
+use crate::{Completion, RateLimits};
 
 /// Where the volume stands with its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,14 @@ impl Wakes {
         self.epoll.0.as_fd()
     }
 
+    /// Waits for an event, or a signal. (`epoll_wait`, which threads may call that may not `poll`.)
+    pub(super) fn wait(&self, patience: Duration) {
+        // Rounded up, not to spin in the last millisecond.
+        let timeout = EpollTimeout::try_from(patience + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX);
+        // Interrupted: the caller looks again.
+        let _ = self.epoll.wait(&mut [EpollEvent::empty()], timeout);
+    }
+
     /// Makes the eventfd unreadable.
     pub(super) fn clear(&self) {
         // Empty: nothing to clear.
@@ -81,6 +90,8 @@ pub(super) struct Session {
     options: NbdOptions,
     export: Export,
     size: u64,
+    /// What the newest negotiation found, at least `size`.
+    offered: u64,
     phase: Phase,
     links: Vec<Link>,
     queues: Vec<Option<Queue>>,
@@ -97,6 +108,13 @@ pub(super) struct Session {
     failures: u32,
     /// `lost` was reported.
     impaired: bool,
+    /// Someone else has to bring the next connection.
+    starved: bool,
+    limiter: Limiter,
+    /// Requests wait for their rate until then.
+    throttled_until: Option<Instant>,
+    /// Start of the limiter's time.
+    born: Instant,
     timer: TimerFd,
     armed: Option<Instant>,
 }
@@ -119,6 +137,7 @@ impl Session {
             options,
             export,
             size: export.size_bytes,
+            offered: export.size_bytes,
             phase: Phase::Running,
             links: vec![link],
             queues: Vec::new(),
@@ -131,6 +150,10 @@ impl Session {
             retire_after: None,
             failures: 0,
             impaired: false,
+            starved: false,
+            limiter: Limiter::default(),
+            throttled_until: None,
+            born: Instant::now(),
             timer,
             armed: None,
         })
@@ -152,13 +175,26 @@ impl Session {
         &self.options
     }
 
-    /// The export was found larger: new connections see it so.
-    pub(super) fn grown(&mut self, size: u64) {
-        self.size = size;
-        self.lose(NbdError::Renegotiate);
-        self.failures = 0;
-        self.phase = Phase::Down(Instant::now());
-        self.pump_all();
+    /// Requests wait for a connection.
+    pub(super) fn is_impaired(&self) -> bool {
+        self.impaired
+    }
+
+    /// Takes a larger size that the server is known to offer; `false` when it is not known to offer it.
+    pub(super) fn grow(&mut self, size: u64) -> bool {
+        let known = size <= self.offered;
+        if known {
+            self.size = self.size.max(size);
+        }
+        known
+    }
+
+    pub(super) fn set_rate_limits(&mut self, limits: RateLimits) {
+        self.limiter.set(limits);
+        for queue in self.queues.iter().flatten() {
+            // Its thread sends what may go now.
+            let _ = queue.wakes.done.write(1);
+        }
     }
 }
 

@@ -58,12 +58,32 @@ impl Session {
             return;
         }
         self.make_room(id);
+        self.throttled_until = None;
+        let now = u64::try_from(self.born.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let mut position = 0;
         while let Some(slot) = self.waiting.get(position).copied() {
             let Some(Some(task)) = self.tasks.get_mut(slot) else {
                 self.waiting.remove(position);
                 continue;
             };
+            // The rate concerns what has not begun; a flush never waits for it.
+            if !task.admitted && task.operation != Operation::Flush {
+                let admitted = match self.throttled_until {
+                    Some(_) => false,
+                    None => match self.limiter.admit(task.moved_bytes(), now) {
+                        Ok(()) => true,
+                        Err(at) => {
+                            self.throttled_until = Some(self.born + Duration::from_nanos(at));
+                            false
+                        }
+                    },
+                };
+                if !admitted {
+                    position += 1;
+                    continue;
+                }
+                task.admitted = true;
+            }
             if let (Some(bytes), true, None, false) =
                 (task.logged_bytes(), self.export.flush, task.reserved, task.through)
             {

@@ -95,6 +95,7 @@ impl Session {
             self.armed = None;
         }
         self.retire_after = self.retire_after.filter(|after| *after > now);
+        self.throttled_until = self.throttled_until.filter(|until| *until > now);
         match self.phase {
             Phase::Opening(until) if until <= now => self.lose(NbdError::Silent("negotiation")),
             Phase::Down(_) | Phase::Opening(_) => {}
@@ -130,7 +131,7 @@ impl Session {
                     true => None,
                     false => Some(link.last_received + self.options.handshake_timeout),
                 });
-                silence.chain(self.retire_after).min()
+                silence.chain(self.retire_after).chain(self.throttled_until).min()
             }
         };
         let Some(next) = next else { return };

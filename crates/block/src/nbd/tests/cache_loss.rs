@@ -127,6 +127,7 @@ impl Forgetful {
 impl Connector for Forgetful {
     fn connect(&self) -> io::Result<OwnedFd> {
         let (ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
         let mut disk = self.disk();
         disk.streams.push(ours.try_clone()?);
         let (life, server) = (disk.life, self.clone());

@@ -29,6 +29,7 @@ impl Connector for Moody {
             return self.good.connect();
         }
         let (mut ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
         let (good, mut random) = (self.good.clone(), Random::new(self.seed * 100 + number as u64));
         std::thread::spawn(move || -> io::Result<()> {
             if number == 0 || random.chance(2) {

@@ -1,5 +1,6 @@
 //! Tests of the NBD client: its parts by themselves, against a server of ours that loses its cache, and against other people's.
 
+mod brought;
 mod cache_loss;
 mod hostile;
 mod parts;

@@ -14,13 +14,13 @@ use super::workload::{Plan, one, read_all, run};
 use crate::nbd::{NbdOptions, NbdVolume, UnixConnector};
 use crate::{Operation, Volume};
 
-const SIZE: u64 = 4 << 20;
+pub(super) const SIZE: u64 = 4 << 20;
 
 /// A server process; killed at the end.
-struct Server {
+pub(super) struct Server {
     child: Child,
     command: Vec<String>,
-    socket: PathBuf,
+    pub(super) socket: PathBuf,
 }
 
 impl Server {
@@ -31,7 +31,7 @@ impl Server {
         server
     }
 
-    fn wait_for_socket(&self) {
+    pub(super) fn wait_for_socket(&self) {
         let until = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(&self.socket).is_err() {
             assert!(Instant::now() < until, "{:?} does not listen", self.command);
@@ -41,9 +41,17 @@ impl Server {
 
     /// kill -9, and another one on the same socket.
     fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    pub(super) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         std::fs::remove_file(&self.socket).unwrap();
+    }
+
+    pub(super) fn restart(&mut self) {
         self.child = spawn(&self.command);
     }
 
@@ -67,7 +75,7 @@ fn spawn(command: &[String]) -> Child {
     )
 }
 
-fn nbdkit(folder: &TempDir, filters: &[&str], plugin: &[&str]) -> Server {
+pub(super) fn nbdkit(folder: &TempDir, filters: &[&str], plugin: &[&str]) -> Server {
     let socket = folder.path().join("nbdkit.sock");
     let mut command = vec!["nbdkit".to_owned(), "-f".to_owned(), "-U".to_owned(), socket.display().to_string()];
     command.extend(filters.iter().map(|filter| format!("--filter={filter}")));
@@ -75,7 +83,7 @@ fn nbdkit(folder: &TempDir, filters: &[&str], plugin: &[&str]) -> Server {
     Server::start(&socket, command)
 }
 
-fn storage_daemon(folder: &TempDir, file: &Path) -> Server {
+pub(super) fn storage_daemon(folder: &TempDir, file: &Path) -> Server {
     let socket = folder.path().join("qsd.sock");
     let command = [
         "qemu-storage-daemon",
@@ -89,7 +97,7 @@ fn storage_daemon(folder: &TempDir, file: &Path) -> Server {
     Server::start(&socket, command.map(str::to_owned).to_vec())
 }
 
-fn disk(folder: &TempDir) -> PathBuf {
+pub(super) fn disk(folder: &TempDir) -> PathBuf {
     let path = folder.path().join("disk");
     File::create(&path).unwrap().set_len(SIZE).unwrap();
     path
