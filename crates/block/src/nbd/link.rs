@@ -201,6 +201,8 @@ pub(super) struct Link {
     filled: std::ops::Range<usize>,
     /// The socket's buffer is full.
     pub(super) blocked: bool,
+    /// There is more to receive than one call took.
+    pub(super) unread: bool,
     pub(super) last_received: Instant,
 }
 
@@ -219,6 +221,7 @@ impl Link {
             buffer: vec![0; RECEIVE_BYTES],
             filled: 0..0,
             blocked: false,
+            unread: false,
             last_received: Instant::now(),
         })
     }
@@ -345,13 +348,14 @@ impl Link {
     /// Receives what is there. Returns the export when the negotiation ends with this.
     pub(super) fn receive(&mut self) -> Result<Option<Export>, NbdError> {
         let mut negotiated = None;
+        self.unread = true;
         for _ in 0..MAX_ROUNDS {
             let asked;
             let count = match self.direct_target() {
                 Some((mut iovecs, direct)) => {
                     iovecs.push(libc::iovec { iov_base: self.buffer.as_mut_ptr().cast(), iov_len: self.buffer.len() });
                     asked = direct as usize + self.buffer.len();
-                    let Some(count) = receive(&self.socket, &mut iovecs)? else { break };
+                    let Some(count) = receive(&self.socket, &mut iovecs)? else { return Ok(self.all_read(negotiated)) };
                     let placed = direct.min(count.try_into().unwrap_or(u32::MAX));
                     if let Stage::Ready(parser) = &mut self.stage {
                         parser.received_data(placed, &mut self.commands)?;
@@ -364,7 +368,7 @@ impl Link {
                     let space = self.buffer.get_mut(self.filled.end..).unwrap_or_default();
                     asked = space.len();
                     let mut iovec = [libc::iovec { iov_base: space.as_mut_ptr().cast(), iov_len: space.len() }];
-                    let Some(count) = receive(&self.socket, &mut iovec)? else { break };
+                    let Some(count) = receive(&self.socket, &mut iovec)? else { return Ok(self.all_read(negotiated)) };
                     self.filled.end += count;
                     count
                 }
@@ -374,10 +378,15 @@ impl Link {
                 negotiated = Some(export);
             }
             if count < asked {
-                break;
+                return Ok(self.all_read(negotiated));
             }
         }
         Ok(negotiated)
+    }
+
+    fn all_read<T>(&mut self, outcome: T) -> T {
+        self.unread = false;
+        outcome
     }
 
     /// Read data that comes next and is worth a system call of its own.

@@ -53,6 +53,11 @@ impl Log {
         Self { entries: VecDeque::new(), sequence: 0, bytes: 0, reserved_entries: 0, limit }
     }
 
+    /// Nothing would be lost with the server.
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// Room for one more entry of whatever kind.
     pub(super) fn has_entry(&self) -> bool {
         self.entries.len() + self.reserved_entries < MAX_ENTRIES

@@ -186,12 +186,18 @@ impl Volume for NbdVolume {
         }
     }
 
-    /// Fails at once while the connection is lost: who closes a volume does not bring it a new one.
+    /// Does not wait while the connection is lost, since who closes a volume does not bring it a new one: that fails unless
+    /// everything has been flushed.
     fn close(&self) -> Result<(), BlockError> {
-        if lock(&self.session).is_impaired() {
-            return Err(BlockError::Sync(io::ErrorKind::NotConnected.into()));
+        let (impaired, flushed) = {
+            let session = lock(&self.session);
+            (session.is_impaired(), session.is_flushed())
+        };
+        match (impaired, flushed) {
+            (true, true) => Ok(()),
+            (true, false) => Err(BlockError::Sync(io::ErrorKind::NotConnected.into())),
+            (false, _) => self.sync(),
         }
-        self.sync()
     }
 }
 
@@ -237,8 +243,7 @@ impl VolumeQueue for NbdQueue {
         let completions = {
             let mut session = lock(&self.session);
             self.wakes.clear();
-            session.pump(self.id);
-            session.take_completions(self.id)
+            session.drain(self.id)
         };
         self.in_flight = self.in_flight.saturating_sub(completions.len());
         completions.into_iter().for_each(sink);

@@ -103,6 +103,9 @@ impl Server {
             let fetches = condition.chunks.chunks(CHUNKS_PER_EVENT);
             let mut events: Vec<Event> =
                 fetches.map(|chunks| Event::FetchChunks { serial: serial.clone(), chunks: chunks.to_vec() }).collect();
+            if condition.connect {
+                events.push(Event::ConnectVolume { serial: serial.clone() });
+            }
             events.extend(condition.impaired.map(|cause| Event::VolumeImpaired { serial, cause: cause.into() }));
             for event in events {
                 self.tell(event);
@@ -122,6 +125,7 @@ fn obey_with(machine: &mut Machine, command: Command, fds: Vec<OwnedFd>) -> Resu
         Command::DetachDisk { serial, force } => machine.detach_disk(&serial, force),
         Command::ResizeDisk { serial, bytes } => machine.resize_disk(&serial, bytes),
         Command::SetDiskLimits { serial, limits } => machine.set_disk_limits(&serial, limits),
+        Command::ConnectVolume { serial, socket } => machine.connect_volume(&serial, socket, Descriptors::new(fds)),
         Command::StageChunks { serial, chunks } => machine.stage_chunks(&serial, &chunks),
         Command::Thaw { serial, restore_dirty } => machine.thaw_disk(&serial, restore_dirty),
         // Done before.
@@ -137,6 +141,7 @@ impl From<Cause> for VolumeCause {
             Cause::ChunkUnavailable { chunk } => Self::ChunkUnavailable { chunk },
             Cause::SyncFailed { errno } => Self::SyncFailed { errno },
             Cause::StageFailed { errno } => Self::StageFailed { errno },
+            Cause::Disconnected => Self::Disconnected,
         }
     }
 }
@@ -159,6 +164,7 @@ impl Extend<DiskNotice> for News {
                 DiskNews::Impaired(cause) => {
                     self.others.push(Event::VolumeImpaired { serial, cause: cause.into() });
                 }
+                DiskNews::ConnectionWanted => self.others.push(Event::ConnectVolume { serial }),
                 DiskNews::Recovered => self.others.push(Event::VolumeRecovered { serial }),
             }
         }

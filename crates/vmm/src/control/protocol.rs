@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Refused when the two sides differ: both are installed together, only a re-adopted VMM can be older than its agent.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// File descriptor number at which the VMM inherits its listening control socket.
 pub const CONTROL_LISTENER_FD: i32 = 3;
@@ -87,6 +87,19 @@ pub enum DiskBacking {
     },
     /// A volume of its own blocks over a shared base; see docs/storage.md.
     Layered(Box<LayeredSpec>),
+    /// An export of an NBD server; see docs/storage.md.
+    Nbd(Box<NbdSpec>),
+}
+
+/// A volume that is served by somebody else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdSpec {
+    /// A connected stream socket whose other end begins the NBD negotiation: the server itself, or who ends TLS for it.
+    pub socket: FdIndex,
+    /// Name of the export; the empty one is the server's default.
+    pub export: String,
+    /// Rate limits.
+    pub limits: DiskLimits,
 }
 
 /// The files and terms of a layered volume.
@@ -220,14 +233,16 @@ pub enum Command {
         /// Do not wait for the guest.
         force: bool,
     },
-    /// Make a disk larger, also its file, and show the guest its new capacity.
+    /// Make a disk larger, also its file, and show the guest its new capacity. An NBD server must have made its export larger
+    /// before, and unless the disk was connected anew since, a [`Command::ConnectVolume`] must come first: NBD tells the length
+    /// only when a connection begins.
     ResizeDisk {
         /// [`DiskSpec::serial`].
         serial: String,
         /// New size, a multiple of 512 and not less than the old one.
         bytes: u64,
     },
-    /// New rate limits for a layered disk, from now on.
+    /// New rate limits for a layered or an NBD disk, from now on.
     SetDiskLimits {
         /// [`DiskSpec::serial`].
         serial: String,
@@ -258,6 +273,14 @@ pub enum Command {
     },
     /// Flush disks and exit with [`exit::KILLED`], whatever the guest does.
     Kill,
+    /// A new connection for an NBD disk: the answer to [`Event::ConnectVolume`], or what [`Command::ResizeDisk`] needs. Kept until it
+    /// is needed; a later one replaces it.
+    ConnectVolume {
+        /// [`DiskSpec::serial`].
+        serial: String,
+        /// As [`NbdSpec::socket`].
+        socket: FdIndex,
+    },
 }
 
 /// VMM to agent.
@@ -358,6 +381,12 @@ pub enum Event {
         /// [`DiskSpec::serial`].
         serial: String,
     },
+    /// An NBD disk has lost its connection, or a new one was no good; its requests wait for [`Command::ConnectVolume`]. Told again
+    /// to each new agent while no connection has come.
+    ConnectVolume {
+        /// [`DiskSpec::serial`].
+        serial: String,
+    },
 }
 
 /// Why a volume cannot make progress or lost its promise.
@@ -380,6 +409,8 @@ pub enum VolumeCause {
         /// Error number.
         errno: i32,
     },
+    /// The connection to the volume's server is lost: requests wait for a new one.
+    Disconnected,
 }
 
 /// Counters since `Create`.

@@ -322,6 +322,7 @@ impl Server {
             // Told anew to who comes.
             Event::FetchChunks { .. }
             | Event::ChunksStaged { .. }
+            | Event::ConnectVolume { .. }
             | Event::VolumeImpaired { .. }
             | Event::VolumeRecovered { .. } => false,
             _ => self.kept.len() < MAX_KEPT_EVENTS,

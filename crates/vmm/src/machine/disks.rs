@@ -1,14 +1,17 @@
 //! What the agent does to the disks of a machine.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hearth_block::{BaseFiles, BlockError, FreezeState, LayeredVolume, RateLimits, Stage, VolumeFiles, XtsKey};
 
 use super::{Descriptors, Machine, MachineError};
-use crate::control::protocol::{DiskBacking, DiskKey, DiskLimits, DiskSpec, FreezeSpec, LayeredSpec};
-use crate::virtio::{Backing, Disk, DiskCondition, DiskEvent, DiskNotice, LayeredBacking};
+use crate::control::protocol::{DiskBacking, DiskKey, DiskLimits, DiskSpec, FdIndex, FreezeSpec, LayeredSpec};
+use crate::control::socket::set_nonblocking;
+use crate::virtio::{Backing, Disk, DiskCondition, DiskEvent, DiskNotice, LayeredBacking, NbdBacking};
 
 /// Longest volume serial, in bytes (virtio 1.2 section 5.2.6.1).
 const MAX_SERIAL: usize = 20;
@@ -35,6 +38,11 @@ pub(super) fn take(disk: &DiskSpec, fds: &mut Descriptors) -> Result<Disk, Machi
     let backing = match &disk.backing {
         DiskBacking::Raw { file } => Backing::Raw(File::from(fds.take(*file, "disk")?)),
         DiskBacking::Layered(spec) => Backing::Layered(Box::new(take_layered(spec, fds)?)),
+        DiskBacking::Nbd(spec) => Backing::Nbd(Box::new(NbdBacking {
+            socket: take_socket(&disk.serial, spec.socket, fds)?,
+            export: spec.export.clone(),
+            limits: limits(spec.limits),
+        })),
     };
     Ok(Disk { serial: disk.serial.clone(), backing, read_only: disk.read_only, queues: disk.queues })
 }
@@ -56,6 +64,20 @@ fn take_layered(spec: &LayeredSpec, fds: &mut Descriptors) -> Result<LayeredBack
     };
     let wake = fds.take(spec.wake, "disk's eventfd")?;
     Ok(LayeredBacking { files, wake, generation: spec.generation, limits: limits(spec.limits), direct: spec.direct })
+}
+
+/// A connection to the server of an NBD disk.
+fn take_socket(serial: &str, socket: FdIndex, fds: &mut Descriptors) -> Result<OwnedFd, MachineError> {
+    let refuse = |text: String| MachineError::Spec(format!("the connection of disk {serial} {text}"));
+    let file = File::from(fds.take(socket, "disk's connection")?);
+    let metadata = file.metadata().map_err(|error| refuse(format!("cannot be looked at: {error}")))?;
+    if !metadata.file_type().is_socket() {
+        return Err(refuse("is not a socket".to_owned()));
+    }
+    let socket = OwnedFd::from(file);
+    // Here and not where it is used: the I/O thread may not.
+    set_nonblocking(&socket).map_err(|error| refuse(format!("cannot be made non-blocking: {error}")))?;
+    Ok(socket)
 }
 
 fn key(key: &DiskKey) -> Result<XtsKey, MachineError> {
@@ -153,10 +175,15 @@ impl Machine {
         Ok(self.io.resize_disk(serial, bytes)?)
     }
 
-    /// New rate limits for a layered disk.
+    /// New rate limits for a layered or an NBD disk.
     pub fn set_disk_limits(&mut self, serial: &str, new: DiskLimits) -> Result<(), MachineError> {
-        self.io.layered(serial)?.set_rate_limits(limits(new));
-        Ok(())
+        Ok(self.io.set_rate_limits(serial, limits(new))?)
+    }
+
+    /// A new connection for an NBD disk.
+    pub fn connect_volume(&mut self, serial: &str, socket: FdIndex, mut fds: Descriptors) -> Result<(), MachineError> {
+        let socket = take_socket(serial, socket, &mut fds)?;
+        Ok(self.io.connect_volume(serial, socket)?)
     }
 
     /// Begins a freeze of these disks at one instant.

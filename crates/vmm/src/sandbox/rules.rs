@@ -48,9 +48,12 @@ const COMMON: [libc::c_long; 20] = [
     libc::SYS_write,
 ];
 
-/// The control thread serves sockets, kicks vCPUs, and opens, grows, freezes and closes the disks it is handed.
-const CONTROL: [libc::c_long; 23] = [
+/// The control thread serves sockets, kicks vCPUs, and opens, grows, freezes and closes the disks it is handed. An NBD disk's epoll
+/// set is made here, and its server is talked to here until the I/O thread takes over.
+const CONTROL: [libc::c_long; 27] = [
     libc::SYS_accept4,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
     libc::SYS_eventfd2,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
@@ -65,6 +68,7 @@ const CONTROL: [libc::c_long; 23] = [
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
+    libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -73,6 +77,7 @@ const CONTROL: [libc::c_long; 23] = [
     libc::SYS_tgkill,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
+    libc::SYS_writev,
 ];
 
 /// The I/O thread moves disk and network data.

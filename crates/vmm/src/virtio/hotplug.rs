@@ -65,6 +65,11 @@ pub enum DiskEvent {
         /// The chunk.
         chunk: u64,
     },
+    /// Requests wait for a new connection to the volume's server.
+    ConnectionWanted {
+        /// The device.
+        device: DeviceId,
+    },
 }
 
 impl DiskEvent {
@@ -75,7 +80,8 @@ impl DiskEvent {
             | Self::Fetch { device, .. }
             | Self::Impaired { device, .. }
             | Self::Recovered { device }
-            | Self::Staged { device, .. } => device,
+            | Self::Staged { device, .. }
+            | Self::ConnectionWanted { device } => device,
         }
     }
 }
@@ -105,6 +111,8 @@ pub enum DiskNews {
     Recovered,
     /// This chunk is in the stage.
     Staged(u64),
+    /// It needs a connection.
+    ConnectionWanted,
 }
 
 /// What an agent that was away has to know of a disk.
@@ -114,6 +122,8 @@ pub struct DiskCondition {
     pub serial: String,
     /// Chunks it waits for.
     pub chunks: Vec<u64>,
+    /// It waits for a connection.
+    pub connect: bool,
     /// Why requests wait or fail, if they do.
     pub impaired: Option<Cause>,
 }
@@ -259,7 +269,7 @@ impl Hotplug {
 
     /// The layered engine of a disk.
     pub(crate) fn layered(&self, serial: &str) -> Result<Layered, VirtioError> {
-        self.volume(serial)?.1.layered.ok_or_else(|| VirtioError::NotLayered(serial.to_owned()))
+        self.volume(serial)?.1.layered().cloned().ok_or_else(|| VirtioError::NotLayered(serial.to_owned()))
     }
 
     /// Shows the guest a new capacity. The I/O thread must know of it already.
@@ -286,6 +296,7 @@ impl Hotplug {
         let news = match event {
             DiskEvent::Fetch { chunk, .. } => DiskNews::Fetch(chunk),
             DiskEvent::Staged { chunk, .. } => DiskNews::Staged(chunk),
+            DiskEvent::ConnectionWanted { .. } => DiskNews::ConnectionWanted,
             DiskEvent::Impaired { cause, .. } => {
                 entry.impaired = Some(cause);
                 DiskNews::Impaired(cause)
@@ -310,9 +321,8 @@ impl Hotplug {
     pub(crate) fn conditions(&self) -> Vec<DiskCondition> {
         let state = lock(&self.state);
         let condition = |entry: &Entry| {
-            let layered = entry.volume.as_ref()?.layered.as_ref()?;
-            let chunks = layered.volume.pending_fetches();
-            Some(DiskCondition { serial: entry.serial.clone(), chunks, impaired: entry.impaired })
+            let (chunks, connect) = entry.volume.as_ref()?.wants()?;
+            Some(DiskCondition { serial: entry.serial.clone(), chunks, connect, impaired: entry.impaired })
         };
         state.entries.iter().filter_map(condition).collect()
     }

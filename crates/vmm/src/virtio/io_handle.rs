@@ -1,5 +1,6 @@
 //! The control thread's hold on the I/O thread.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 #[cfg(test)]
 use hearth_block::Volume;
-use hearth_block::{LayeredVolume, SECTOR_BYTES};
+use hearth_block::{LayeredVolume, RateLimits, SECTOR_BYTES};
 
 use super::VirtioError;
 use super::device_set::{DeviceStats, Disk};
@@ -92,6 +93,18 @@ impl IoThread {
     /// The layered engine of a disk.
     pub fn layered(&self, serial: &str) -> Result<Arc<LayeredVolume>, VirtioError> {
         Ok(self.hotplug.layered(serial)?.volume)
+    }
+
+    /// New rate limits for a layered or an NBD disk.
+    pub fn set_rate_limits(&self, serial: &str, limits: RateLimits) -> Result<(), VirtioError> {
+        let (_, volume) = self.hotplug.volume(serial)?;
+        if volume.set_rate_limits(limits) { Ok(()) } else { Err(VirtioError::NoLimits(serial.to_owned())) }
+    }
+
+    /// A new connection, a non-blocking stream socket, for an NBD disk.
+    pub fn connect_volume(&self, serial: &str, socket: OwnedFd) -> Result<(), VirtioError> {
+        let (_, volume) = self.hotplug.volume(serial)?;
+        if volume.connect(socket) { Ok(()) } else { Err(VirtioError::NotNbd(serial.to_owned())) }
     }
 
     /// Takes in what happened to a disk; what the agent is to be told.

@@ -16,6 +16,7 @@ mod hotplug;
 mod io_device;
 mod io_handle;
 mod io_thread;
+mod nbd;
 mod net;
 mod queue;
 mod rng;
@@ -30,6 +31,7 @@ pub use device_set::{DeviceList, DeviceSet, DeviceStats, Disk, Nic, Platform};
 pub use hotplug::{DiskCondition, DiskEvent, DiskNews, DiskNotice};
 pub use io_device::DeviceId;
 pub use io_handle::IoThread;
+pub use nbd::NbdBacking;
 pub use volume::{Backing, LayeredBacking};
 
 use std::io;
@@ -85,8 +87,14 @@ pub enum VirtioError {
     #[error("no disk with serial {0} is attached")]
     NoSuchDisk(String),
     /// A disk whose backing has no engine for what is asked.
-    #[error("disk {0} is a raw file: it has neither rate limits nor snapshots")]
+    #[error("disk {0} is not a layered volume: it has no snapshots here")]
     NotLayered(String),
+    /// A disk whose backing has no limiter.
+    #[error("disk {0} is a raw file: it has no rate limits")]
+    NoLimits(String),
+    /// A disk that has no connection.
+    #[error("disk {0} is not served over NBD")]
+    NotNbd(String),
     /// A disk can only grow.
     #[error("disk {serial} has {from} bytes and cannot become {to}: it can only grow, by whole sectors")]
     Shrink {

@@ -113,6 +113,8 @@ pub(super) struct Session {
     limiter: Limiter,
     /// Requests wait for their rate until then.
     throttled_until: Option<Instant>,
+    /// The queue that takes its completions at once.
+    draining: Option<usize>,
     /// Start of the limiter's time.
     born: Instant,
     timer: TimerFd,
@@ -153,6 +155,7 @@ impl Session {
             starved: false,
             limiter: Limiter::default(),
             throttled_until: None,
+            draining: None,
             born: Instant::now(),
             timer,
             armed: None,
@@ -178,6 +181,11 @@ impl Session {
     /// Requests wait for a connection.
     pub(super) fn is_impaired(&self) -> bool {
         self.impaired
+    }
+
+    /// Nothing that was written still needs a flush.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.log.is_empty()
     }
 
     /// Takes a larger size that the server is known to offer; `false` when it is not known to offer it.

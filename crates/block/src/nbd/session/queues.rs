@@ -135,7 +135,11 @@ impl Session {
         })
     }
 
-    pub(in crate::nbd) fn take_completions(&mut self, id: usize) -> Vec<Completion> {
+    /// Does what there is to do for a queue; what is complete.
+    pub(in crate::nbd) fn drain(&mut self, id: usize) -> Vec<Completion> {
+        self.draining = Some(id);
+        self.pump(id);
+        self.draining = None;
         match self.queues.get_mut(id) {
             Some(Some(queue)) => std::mem::take(&mut queue.completions),
             _ => Vec::new(),

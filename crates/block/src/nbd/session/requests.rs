@@ -38,8 +38,10 @@ impl Session {
     pub(super) fn complete(&mut self, id: usize, completion: Completion) {
         if let Some(Some(queue)) = self.queues.get_mut(id) {
             queue.completions.push(completion);
-            // The counter cannot overflow: the queue's thread resets it.
-            let _ = queue.wakes.done.write(1);
+            if self.draining != Some(id) {
+                // The counter cannot overflow: the queue's thread resets it.
+                let _ = queue.wakes.done.write(1);
+            }
         }
     }
 

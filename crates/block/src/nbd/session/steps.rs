@@ -24,7 +24,7 @@ impl Session {
     }
 
     /// Takes every step that can be taken for the links this queue waits for.
-    pub(in crate::nbd) fn pump(&mut self, id: usize) {
+    pub(super) fn pump(&mut self, id: usize) {
         let all = self.queues.get(id).is_none_or(|queue| queue.as_ref().is_none_or(|queue| queue.all_links));
         self.timeouts();
         let mut index = 0;
@@ -49,6 +49,12 @@ impl Session {
             index += 1;
         }
         self.timeouts();
+        if self.links.iter().any(|link| link.unread) {
+            // Who waits for edges gets none for what was there before.
+            for queue in self.queues.iter().flatten() {
+                let _ = queue.wakes.done.write(1);
+            }
+        }
         self.kick(id);
     }
 

@@ -139,7 +139,7 @@ impl BlockBackend {
 
     /// Goes on giving back the volume as far as requests in flight allow. True when something may have completed.
     fn turn_retirement(&mut self) -> Result<bool, Broken> {
-        if matches!(self.retirement, Retirement::Draining | Retirement::Flushing) && self.is_stuck() {
+        if matches!(self.retirement, Retirement::Draining | Retirement::Flushing) && self.is_hopeless() {
             // Nobody may ever bring what these requests wait for.
             self.give_up()?;
         }
@@ -160,6 +160,10 @@ impl BlockBackend {
         }
         sent?;
         Ok(true)
+    }
+
+    fn is_hopeless(&self) -> bool {
+        self.volume.as_ref().is_some_and(OpenVolume::is_hopeless)
     }
 
     /// Ends every request in flight with an error, after the kernel is done with its buffers.

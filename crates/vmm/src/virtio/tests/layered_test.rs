@@ -85,8 +85,8 @@ impl Agent {
 }
 
 impl Machine {
-    /// Waits for news of disks.
-    fn wait_news(&mut self) -> Vec<DiskNews> {
+    /// Waits for news of the disk.
+    pub(super) fn wait_news(&mut self) -> Vec<DiskNews> {
         let mut news = Vec::new();
         self.turn_until(|machine| {
             for event in machine.events.take() {
@@ -101,7 +101,7 @@ impl Machine {
         news
     }
 
-    fn request(&mut self, queue: &mut DriverQueue, kind: u32, offset: u64) -> (u64, u64) {
+    pub(super) fn request(&mut self, queue: &mut DriverQueue, kind: u32, offset: u64) -> (u64, u64) {
         let (head, data, status) = (self.allocate(16), self.allocate(512), self.allocate(1));
         self.fill(head, &header(kind, offset / 512));
         self.fill(data, &[0x5a; 512]);
@@ -116,7 +116,7 @@ impl Machine {
         (data, status)
     }
 
-    fn finish(&mut self, queue: &mut DriverQueue) {
+    pub(super) fn finish(&mut self, queue: &mut DriverQueue) {
         self.turn_until(|machine| queue.take_used(machine).is_some());
     }
 }
@@ -134,7 +134,7 @@ fn a_read_waits_for_its_chunk_and_a_new_agent_learns_of_it() {
     let (mut machine, mut queue) = start(&agent);
     let (data, status) = machine.request(&mut queue, 0, 2 * CHUNK_BYTES + 4096);
     assert_eq!(machine.wait_news(), [DiskNews::Fetch(2)]);
-    let waiting = DiskCondition { serial: "vol-a".into(), chunks: vec![2], impaired: None };
+    let waiting = DiskCondition { serial: "vol-a".into(), chunks: vec![2], connect: false, impaired: None };
     assert_eq!(machine.thread().conditions(), [waiting]);
     machine.thread().pause().unwrap();
     machine.thread().resume().unwrap();

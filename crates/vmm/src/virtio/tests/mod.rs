@@ -8,6 +8,7 @@ mod hotplug_test;
 mod layered_test;
 mod lifecycle_test;
 mod machine;
+mod nbd_test;
 mod net_test;
 mod rng_test;
 mod stress_test;
