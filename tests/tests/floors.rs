@@ -9,7 +9,7 @@ fn floor(crate_name: &str) -> Option<u8> {
     Some(match crate_name {
         "types" | "proto" => 0,
         "block" | "store" | "scheduler" | "net" => 1,
-        "vmm" | "snapshot" => 2,
+        "vmm" | "snapshot" | "driver" => 2,
         "agent" | "control" => 3,
         "daemon" | "cli" => 4,
         _ => return None,
