@@ -240,11 +240,7 @@ impl VolumeQueue for NbdQueue {
     }
 
     fn drain(&mut self, sink: &mut dyn FnMut(Completion)) -> Result<(), BlockError> {
-        let completions = {
-            let mut session = lock(&self.session);
-            self.wakes.clear();
-            session.drain(self.id)
-        };
+        let completions = lock(&self.session).drain(self.id);
         self.in_flight = self.in_flight.saturating_sub(completions.len());
         completions.into_iter().for_each(sink);
         Ok(())

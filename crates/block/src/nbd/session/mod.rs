@@ -68,12 +68,6 @@ impl Wakes {
         // Interrupted: the caller looks again.
         let _ = self.epoll.wait(&mut [EpollEvent::empty()], timeout);
     }
-
-    /// Makes the eventfd unreadable.
-    pub(super) fn clear(&self) {
-        // Empty: nothing to clear.
-        let _ = self.done.read();
-    }
 }
 
 #[derive(Debug)]
@@ -82,6 +76,25 @@ struct Queue {
     /// Waits for every link's events.
     all_links: bool,
     completions: Vec<Completion>,
+    /// Its thread was woken and has not looked since.
+    signalled: bool,
+}
+
+impl Queue {
+    /// Wakes its thread.
+    fn signal(&mut self) {
+        if !std::mem::replace(&mut self.signalled, true) {
+            // The counter cannot overflow: it is read before the next is written.
+            let _ = self.wakes.done.write(1);
+        }
+    }
+
+    /// Its thread looks.
+    fn look(&mut self) {
+        if std::mem::take(&mut self.signalled) {
+            let _ = self.wakes.done.read();
+        }
+    }
 }
 
 pub(super) struct Session {
@@ -199,10 +212,8 @@ impl Session {
 
     pub(super) fn set_rate_limits(&mut self, limits: RateLimits) {
         self.limiter.set(limits);
-        for queue in self.queues.iter().flatten() {
-            // Its thread sends what may go now.
-            let _ = queue.wakes.done.write(1);
-        }
+        // Their threads send what may go now.
+        self.queues.iter_mut().flatten().for_each(Queue::signal);
     }
 }
 

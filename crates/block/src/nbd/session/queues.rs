@@ -14,7 +14,7 @@ impl Session {
     pub(in crate::nbd) fn open_queue(&mut self, own_link: bool) -> Result<(usize, Arc<Wakes>), NbdError> {
         let wakes = Arc::new(Wakes::new(&self.timer)?);
         let all_links = !self.export.multi_conn || !own_link;
-        let queue = Queue { wakes: Arc::clone(&wakes), all_links, completions: Vec::new() };
+        let queue = Queue { wakes: Arc::clone(&wakes), all_links, completions: Vec::new(), signalled: false };
         let id = self.queues.iter().position(Option::is_none).unwrap_or(self.queues.len());
         if id == self.queues.len() {
             self.queues.push(None);
@@ -137,6 +137,9 @@ impl Session {
 
     /// Does what there is to do for a queue; what is complete.
     pub(in crate::nbd) fn drain(&mut self, id: usize) -> Vec<Completion> {
+        if let Some(Some(queue)) = self.queues.get_mut(id) {
+            queue.look();
+        }
         self.draining = Some(id);
         self.pump(id);
         self.draining = None;

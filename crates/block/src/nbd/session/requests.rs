@@ -39,8 +39,7 @@ impl Session {
         if let Some(Some(queue)) = self.queues.get_mut(id) {
             queue.completions.push(completion);
             if self.draining != Some(id) {
-                // The counter cannot overflow: the queue's thread resets it.
-                let _ = queue.wakes.done.write(1);
+                queue.signal();
             }
         }
     }

@@ -6,7 +6,7 @@ use nix::sys::epoll::EpollEvent;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{Expiration, TimerSetTimeFlags};
 
-use super::{Phase, Session, interest};
+use super::{Phase, Queue, Session, interest};
 use crate::nbd::error::NbdError;
 use crate::nbd::link::Link;
 
@@ -51,9 +51,7 @@ impl Session {
         self.timeouts();
         if self.links.iter().any(|link| link.unread) {
             // Who waits for edges gets none for what was there before.
-            for queue in self.queues.iter().flatten() {
-                let _ = queue.wakes.done.write(1);
-            }
+            self.queues.iter_mut().flatten().for_each(Queue::signal);
         }
         self.kick(id);
     }
@@ -94,10 +92,10 @@ impl Session {
     }
 
     pub(super) fn timeouts(&mut self) {
-        // Not armed, or not yet due: nothing to read.
-        let _ = self.timer.wait();
         let now = Instant::now();
         if self.armed.is_some_and(|at| at <= now) {
+            // It may have been read already.
+            let _ = self.timer.wait();
             self.armed = None;
         }
         self.retire_after = self.retire_after.filter(|after| *after > now);
