@@ -123,7 +123,7 @@ impl Console {
         output
     }
 
-    /// Runs a shell command in the guest; its output and exit code.
+    /// Runs a shell command in the guest; its output and exit code. What the guest's own programs report meanwhile is left out.
     pub fn try_run(&mut self, command: &str) -> (String, i32) {
         self.commands += 1;
         // The marker is typed in two pieces, so that the echo of the command does not look like it.
@@ -134,6 +134,8 @@ impl Console {
         let output = self.wait_for(&end);
         let output = output.strip_suffix(&end).unwrap();
         let (output, code) = output.rsplit_once(':').unwrap();
-        (output.replace('\r', "").trim_matches('\n').to_owned(), code.trim().parse().unwrap())
+        let output = output.replace('\r', "");
+        let lines: Vec<&str> = output.lines().filter(|line| !line.starts_with("HEARTH-GUEST ")).collect();
+        (lines.join("\n").trim_matches('\n').to_owned(), code.trim().parse().unwrap())
     }
 }

@@ -16,7 +16,9 @@ fn an_instance_lives_through_stop_start_reboot_power_off_and_terminate() {
     let cloud = Cloud::start(Shape::One);
     cloud.import_tiny();
     assert!(cloud.hearth(&["key-pair", "create", "me"]).contains("OPENSSH PRIVATE KEY"));
-    cloud.hearth(&["instance", "run", "tiny", "--type", "own.capped", "--name", "a", "--key-name", "me", "--wait=ok"]);
+    let run = ["instance", "run", "tiny", "--type", "own.capped", "--name", "a", "--key-name", "me", "--wait=ok"];
+    let disks = ["-b", "device=/dev/sdb,virtual=ephemeral0", "-b", "device=/dev/sdc,virtual=ephemeral1"];
+    cloud.hearth(&[run.as_slice(), &disks].concat());
     let pids = cloud.vmm_pids();
     assert_eq!(pids.len(), 1);
     let jail: Vec<_> = std::fs::read_dir(format!("/proc/{}/root", pids[0])).unwrap().collect();

@@ -48,6 +48,7 @@ impl Disk {
         File::create(folder.join("base")).unwrap().set_len(VOLUME_BYTES).unwrap();
         let map = File::create_new(folder.join("map")).unwrap();
         let spec = MapSpec {
+            filled: false,
             volume_id: name.into(),
             size_bytes: VOLUME_BYTES,
             base_root: base.then_some([7; 32]),

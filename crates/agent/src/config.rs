@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_types::JoinToken;
@@ -12,7 +13,7 @@ use ipnet::Ipv4Net;
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
     /// Folder of everything that outlives a restart: identity, instances and their disks, images. Only one agent uses it at
-    /// a time. Put it on a file system with reflinks (XFS, btrfs) or at least sparse files.
+    /// a time. Its file system needs sparse files.
     pub state_dir: PathBuf,
     /// Folder of sockets; emptied by a reboot of the host. Two agents on one host need different ones.
     pub run_dir: PathBuf,
@@ -30,9 +31,8 @@ pub struct AgentConfig {
     /// The `hearth-vmm` program. It must be linked statically to run in an empty root; otherwise the jail gets the host's
     /// shared libraries, read-only.
     pub vmm_binary: PathBuf,
-    /// The image store of a control plane on the same host: raw disks are cloned straight from `FOLDER/<image id>.raw`
-    /// (checked by size) instead of being fetched. The files must not change after they have appeared.
-    pub local_image_dir: Option<PathBuf>,
+    /// A way of its own to the object store with the snapshots; `None` = through the control plane.
+    pub objects: Option<Arc<dyn hearth_snapshot::ObjectStore>>,
     /// Under which cgroup (v2) instances get theirs, relative to the cgroup mount, e.g. `hearth`. The agent adds its host id.
     pub cgroup_parent: PathBuf,
     /// Where cgroup v2 is mounted.
@@ -47,6 +47,8 @@ pub struct AgentConfig {
     pub vcpu_overcommit_percent: u32,
     /// Bytes of the state folder's file system kept from instance-store disks; `None` = one tenth of it.
     pub reserved_disk_bytes: Option<u64>,
+    /// Bytes per second at which bases are filled with what no volume has read yet; 0 = they are not.
+    pub background_fill: u64,
     /// How long a guest may take to shut down after the power button before it is killed.
     pub stop_timeout: Duration,
     /// The same for a terminated instance, whose disks are deleted anyway.
@@ -81,7 +83,7 @@ impl Default for AgentConfig {
             availability_zone: "local-1a".to_owned(),
             labels: BTreeMap::new(),
             vmm_binary: default_vmm_binary(),
-            local_image_dir: None,
+            objects: None,
             cgroup_parent: PathBuf::from("hearth"),
             cgroup_mount: PathBuf::from("/sys/fs/cgroup"),
             uid_base: 200_000,
@@ -89,6 +91,7 @@ impl Default for AgentConfig {
             reserved_memory_mib: None,
             vcpu_overcommit_percent: 100,
             reserved_disk_bytes: None,
+            background_fill: 0,
             stop_timeout: Duration::from_secs(90),
             terminate_timeout: Duration::from_secs(10),
             network: NetworkConfig::default(),

@@ -36,6 +36,9 @@ pub enum AgentError {
     /// /dev/kvm, the VMM program.
     #[error("this host cannot run instances: {0} (`hearth doctor` tells more)")]
     Launch(#[from] LaunchError),
+    /// Volumes.
+    #[error(transparent)]
+    Volumes(#[from] crate::storage::VolumeError),
     /// The host's network.
     #[error("network: {0}")]
     Network(#[from] hearth_net::NetError),

@@ -8,16 +8,16 @@ pub mod config;
 pub mod epoch;
 pub mod error;
 pub mod hostnet;
-pub mod images;
 pub mod instance;
+pub mod instance_store;
 pub mod launch;
 pub mod link;
 pub mod net;
 pub mod reports;
 mod run;
 pub mod state;
+pub mod storage;
 pub mod supervisor;
-pub mod volumes;
 
 pub use config::{AgentConfig, NetworkConfig};
 pub use error::AgentError;

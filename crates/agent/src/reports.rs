@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use hearth_proto::v1::{FullReport, InstanceReport};
+use hearth_proto::v1::{BundleReport, FullReport, InstanceReport, Progress, SnapshotReport, VolumeReport};
 use hearth_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -17,6 +17,22 @@ pub struct Reports {
 struct Inner {
     sequence: u64,
     newest: HashMap<InstanceId, InstanceReport>,
+    /// The newest of each volume that is to leave, and of each snapshot that is made here, with its number.
+    volumes: HashMap<String, (u64, VolumeReport)>,
+    snapshots: HashMap<String, (u64, SnapshotReport)>,
+    bundles: HashMap<String, (u64, BundleReport)>,
+}
+
+/// A report of any kind.
+pub enum AnyReport {
+    /// Of an instance.
+    Instance(InstanceReport),
+    /// Of a volume that is to leave the host.
+    Volume(VolumeReport),
+    /// Of a snapshot that is made here.
+    Snapshot(SnapshotReport),
+    /// Of a bundle that is made here.
+    Bundle(BundleReport),
 }
 
 impl Default for Reports {
@@ -42,6 +58,13 @@ impl Reports {
         self.changed.send_replace(inner.sequence);
     }
 
+    /// Tells how far the making of an instance is.
+    pub fn progress(&self, instance: &InstanceId, progress: Progress) {
+        if let Some(report) = self.get(instance) {
+            self.publish(instance, InstanceReport { progress: Some(progress), ..report });
+        }
+    }
+
     /// Forgets instances that are gone and that `wanted` does not name: the control plane knows.
     pub fn forget_gone(&self, wanted: impl Fn(&InstanceId) -> bool) {
         let gone = hearth_proto::v1::ObservedState::Gone;
@@ -53,11 +76,71 @@ impl Reports {
         self.inner.lock().newest.get(instance).cloned()
     }
 
-    /// Reports numbered above `sent`, in order.
-    pub fn after(&self, sent: u64) -> Vec<InstanceReport> {
-        let mut reports: Vec<_> = self.inner.lock().newest.values().filter(|r| r.sequence > sent).cloned().collect();
-        reports.sort_by_key(|report| report.sequence);
-        reports
+    /// Puts a report in the place of the volume's older one.
+    pub fn publish_volume(&self, report: VolumeReport) {
+        let mut inner = self.inner.lock();
+        inner.sequence += 1;
+        let number = inner.sequence;
+        inner.volumes.insert(report.volume_id.clone(), (number, report));
+        self.changed.send_replace(number);
+    }
+
+    /// Puts a report in the place of the snapshot's older one.
+    pub fn publish_snapshot(&self, report: SnapshotReport) {
+        let mut inner = self.inner.lock();
+        inner.sequence += 1;
+        let number = inner.sequence;
+        inner.snapshots.insert(report.snapshot_id.clone(), (number, report));
+        self.changed.send_replace(number);
+    }
+
+    /// The newest report of a snapshot.
+    pub fn snapshot(&self, id: &str) -> Option<SnapshotReport> {
+        self.inner.lock().snapshots.get(id).map(|(_, report)| report.clone())
+    }
+
+    /// Puts a report in the place of the bundle's older one.
+    pub fn publish_bundle(&self, report: BundleReport) {
+        let mut inner = self.inner.lock();
+        inner.sequence += 1;
+        let number = inner.sequence;
+        inner.bundles.insert(report.bundle_id.clone(), (number, report));
+        self.changed.send_replace(number);
+    }
+
+    /// The newest report of a bundle.
+    pub fn bundle(&self, id: &str) -> Option<BundleReport> {
+        self.inner.lock().bundles.get(id).map(|(_, report)| report.clone())
+    }
+
+    /// Forgets bundles that the control plane does not ask about any more.
+    pub fn forget_bundles(&self, wanted: impl Fn(&str) -> bool) {
+        self.inner.lock().bundles.retain(|id, _| wanted(id));
+    }
+
+    /// Forgets volumes and snapshots that the control plane does not ask about any more.
+    pub fn forget_others(&self, volumes: impl Fn(&str) -> bool, snapshots: impl Fn(&str) -> bool) {
+        let mut inner = self.inner.lock();
+        inner.volumes.retain(|id, _| volumes(id));
+        inner.snapshots.retain(|id, _| snapshots(id));
+    }
+
+    /// Reports numbered above `sent`, in order, and the number of the last one.
+    pub fn after(&self, sent: u64) -> (u64, Vec<AnyReport>) {
+        let inner = self.inner.lock();
+        let mut reports: Vec<(u64, AnyReport)> = Vec::new();
+        let new = |number: &u64| *number > sent;
+        reports.extend(
+            inner.newest.values().filter(|r| new(&r.sequence)).map(|r| (r.sequence, AnyReport::Instance(r.clone()))),
+        );
+        reports.extend(inner.volumes.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Volume(r.clone()))));
+        reports.extend(
+            inner.snapshots.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Snapshot(r.clone()))),
+        );
+        reports.extend(inner.bundles.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Bundle(r.clone()))));
+        reports.sort_by_key(|(number, _)| *number);
+        let last = reports.last().map_or(sent, |(number, _)| *number);
+        (last, reports.into_iter().map(|(_, report)| report).collect())
     }
 
     /// All reports. Its number is the newest report's.
@@ -65,7 +148,9 @@ impl Reports {
         let inner = self.inner.lock();
         let mut instances: Vec<_> = inner.newest.values().cloned().collect();
         instances.sort_by_key(|report| report.sequence);
-        FullReport { sequence: inner.sequence, instances }
+        let volumes = inner.volumes.values().map(|(_, report)| report.clone()).collect();
+        let snapshots = inner.snapshots.values().map(|(_, report)| report.clone()).collect();
+        FullReport { sequence: inner.sequence, instances, volumes, snapshots }
     }
 
     /// Tells of new reports: the number of the newest.
@@ -90,8 +175,9 @@ mod tests {
         reports.publish(&a, report(ObservedState::Preparing));
         assert_eq!(*watch.borrow(), 2);
         reports.publish(&a, report(ObservedState::Running));
-        let after = reports.after(2);
-        assert_eq!((after.len(), after[0].instance_id.as_str(), after[0].sequence), (1, a.as_str(), 3));
+        let (last, after) = reports.after(2);
+        let AnyReport::Instance(only) = &after[0] else { panic!("not an instance") };
+        assert_eq!((last, after.len(), only.instance_id.as_str(), only.sequence), (3, 1, a.as_str(), 3));
         let full = reports.full();
         assert_eq!((full.sequence, full.instances.len()), (3, 2));
         reports.publish(&b, report(ObservedState::Gone));

@@ -18,19 +18,16 @@ use crate::config::AgentConfig;
 use crate::epoch::Epoch;
 use crate::error::AgentError;
 use crate::hostnet::RealNetwork;
-use crate::images::Images;
 use crate::instance::Host;
 use crate::launch::{Cgroups, KvmLauncher, VmmLauncher};
 use crate::link::{
-    Announcement, ControlImages, Identity, Link, LinkError, Pause, Session, connect, enroll, mutual, renew, renewal_due,
+    Announcement, Identity, Link, LinkError, Pause, Session, connect, enroll, mutual, renew, renewal_due,
 };
 use crate::reports::Reports;
 use crate::state::Layout;
+use crate::storage::{Bases, HostVolumes, RemoteObjects, Snapshots};
 use crate::supervisor::Supervisor;
-use crate::volumes::RawVolumes;
 
-/// How long an image is kept that no instance uses.
-const KEEP_IMAGES: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A session this long clears the past.
 const GOOD_SESSION: Duration = Duration::from_secs(5);
 /// Longest sleep before the certificate is looked at again.
@@ -46,7 +43,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         return Err(AgentError::NotRoot);
     }
     let layout = Layout::new(&config.state_dir, &config.run_dir);
-    for folder in [&config.state_dir, &config.run_dir, &layout.instances(), &layout.images()] {
+    for folder in [&config.state_dir, &config.run_dir, &layout.instances(), &layout.volumes()] {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(AgentError::file("creating", folder))?;
     }
     let _lock = take_lock(&layout.lock(), &config.state_dir)?;
@@ -65,18 +62,26 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     let network = Arc::new(RealNetwork::start(&config.network).await?);
     let link = Arc::new(Link::default());
     let boot = BootLoader::new(&layout.kernels()).map_err(AgentError::file("creating", &layout.kernels()))?;
-    let images = Images::new(layout.clone(), config.local_image_dir.clone(), Arc::new(ControlImages(link.clone())));
+    let objects = match &config.objects {
+        Some(objects) => objects.clone(),
+        None => Arc::new(RemoteObjects(link.clone())),
+    };
+    let bases = Arc::new(Bases::new(layout.clone(), objects, boot_id(), config.background_fill));
+    let volumes = Arc::new(HostVolumes::new(layout.clone(), bases)?);
+    let reports = Arc::new(Reports::default());
+    let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone());
+    let snapshots = Arc::new(snapshots.map_err(AgentError::file("tidying", &layout.stages()))?);
     let starts = (calibration.threads as usize).clamp(2, 16);
     let host = Arc::new(Host {
         layout: layout.clone(),
         launcher: launcher.clone(),
         network,
-        volumes: Arc::new(RawVolumes),
-        images,
+        volumes,
+        snapshots,
         boot: Arc::new(boot),
         admission: Admission::new(capacity, config.vcpu_overcommit_percent),
         calibration,
-        reports: Reports::default(),
+        reports,
         starts: Arc::new(Semaphore::new(starts)),
         stop_timeout: config.stop_timeout,
         terminate_timeout: config.terminate_timeout,
@@ -86,7 +91,6 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     });
     let supervisor = Supervisor::start(host.clone(), config.uid_count)?;
     sweep(&cgroups, launcher.as_ref(), &supervisor, &layout).await?;
-    host.images.prune(&supervisor.images(), KEEP_IMAGES).map_err(AgentError::file("tidying", &layout.images()))?;
 
     tracing::info!(instances = supervisor.instances().len(), "looks for the control plane");
     let hello = announcement(&config, &identity, capacity, epoch.agent_epoch());
@@ -158,8 +162,9 @@ async fn keep_connected(
         let begun = Instant::now();
         let once = async {
             let tls = mutual(&identity)?;
-            let client = connect(&endpoints, &tls).await?;
-            let running = session.run(client.clone());
+            let connection = connect(&endpoints, &tls).await?;
+            let mut client = connection.agent();
+            let running = session.run(connection);
             tokio::pin!(running);
             loop {
                 let due = renewal_due(&identity)?;
@@ -168,7 +173,6 @@ async fn keep_connected(
                     () = sleep(due.min(RENEWAL_CHECK)) => {}
                 }
                 if renewal_due(&identity)?.is_zero() {
-                    let mut client = client.clone();
                     tokio::select! {
                         error = &mut running => return Err(error),
                         renewed = renew(&mut client, &identity) => return renewed,
@@ -220,12 +224,17 @@ async fn sweep(
     Ok(())
 }
 
+/// Id of this boot of the host.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 fn announcement(config: &AgentConfig, identity: &Identity, capacity: Resources, epoch: u64) -> v1::AgentHello {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     v1::AgentHello {
         host_id: identity.host_id.to_string(),
         host_name: config.host_name.clone(),
-        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        boot_id: boot_id(),
         agent_epoch: epoch,
         highest_term: 0,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use hearth_proto::v1::{DesiredHost, DesiredInstance, InstanceReport, ObservedState, RunState};
-use hearth_types::{ImageId, InstanceId, StateReason};
+use hearth_types::{InstanceId, StateReason};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -30,7 +30,6 @@ struct Inner {
 struct Entry {
     wishes: watch::Sender<DesiredInstance>,
     slot: u32,
-    image: Option<ImageId>,
 }
 
 impl Supervisor {
@@ -69,11 +68,6 @@ impl Supervisor {
         self.inner.lock().instances.keys().cloned().collect()
     }
 
-    /// Images that instances here were made from.
-    pub fn images(&self) -> Vec<ImageId> {
-        self.inner.lock().instances.values().filter_map(|entry| entry.image.clone()).collect()
-    }
-
     /// Takes over everything that the control plane wants here. What it does not name is left alone.
     pub fn apply_host(&self, desired: DesiredHost) {
         let named: HashSet<String> = desired.instances.iter().map(|desired| desired.instance_id.clone()).collect();
@@ -92,7 +86,6 @@ impl Supervisor {
         let mut inner = self.inner.lock();
         self.collect(&mut inner);
         if let Some(entry) = inner.instances.get_mut(&id) {
-            entry.image = image_of(&desired).or(entry.image.take());
             entry.wishes.send_if_modified(|newest| {
                 let newer = desired.generation > newest.generation;
                 if newer {
@@ -154,7 +147,7 @@ impl Supervisor {
     fn spawn(&self, inner: &mut Inner, record: InstanceRecord) {
         let id = record.instance_id.clone();
         let (wishes, receiver) = watch::channel(record.desired.clone());
-        inner.instances.insert(id.clone(), Entry { wishes, slot: record.slot, image: image_of(&record.desired) });
+        inner.instances.insert(id.clone(), Entry { wishes, slot: record.slot });
         let task = InstanceTask::new(self.host.clone(), record, receiver);
         inner.tasks.spawn(async move {
             task.run().await;
@@ -173,10 +166,6 @@ impl Supervisor {
             }
         }
     }
-}
-
-fn image_of(desired: &DesiredInstance) -> Option<ImageId> {
-    desired.spec.as_ref()?.image_id.parse().ok()
 }
 
 /// Finishes deletions that were interrupted; the instances that are there.

@@ -191,6 +191,7 @@ impl Folder {
         data.set_len(self.bytes).unwrap();
         let chunks = if over_base { self.bytes / CHUNK_BYTES } else { 0 };
         let spec = MapSpec {
+            filled: false,
             volume_id: "vol-bench".into(),
             size_bytes: self.bytes,
             base_root: over_base.then_some([1; 32]),
@@ -261,6 +262,7 @@ fn clone_ms(folder: &Folder, bytes: u64) -> f64 {
             let files = [open(&paths[0], false), open(&paths[1], false)];
             files[0].set_len(bytes).unwrap();
             let spec = MapSpec {
+                filled: false,
                 volume_id: "vol-clone".into(),
                 size_bytes: bytes,
                 base_root: Some([1; 32]),

@@ -8,7 +8,10 @@ use hearth_proto::v1::image_service_client::ImageServiceClient;
 use hearth_proto::v1::instance_service_client::InstanceServiceClient;
 use hearth_proto::v1::instance_type_service_client::InstanceTypeServiceClient;
 use hearth_proto::v1::key_pair_service_client::KeyPairServiceClient;
+use hearth_proto::v1::snapshot_service_client::SnapshotServiceClient;
+use hearth_proto::v1::storage_service_client::StorageServiceClient;
 use hearth_proto::v1::tag_service_client::TagServiceClient;
+use hearth_proto::v1::volume_service_client::VolumeServiceClient;
 use hearth_proto::v1::{Filter, PageRequest, PageResponse};
 use hearth_types::credentials::AUTHORIZATION_METADATA;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -104,6 +107,12 @@ impl Client {
         instance_types: InstanceTypeServiceClient,
         /// Images.
         images: ImageServiceClient,
+        /// Volumes.
+        volumes: VolumeServiceClient,
+        /// Snapshots.
+        snapshots: SnapshotServiceClient,
+        /// The object store.
+        storage: StorageServiceClient,
         /// Hosts.
         hosts: HostServiceClient,
         /// Key pairs.
@@ -127,6 +136,12 @@ pub fn tags(given: &[types::Tag]) -> Vec<hearth_proto::v1::Tag> {
     given.iter().map(tag).collect()
 }
 
+/// Tags with the name in front, which is the tag Name.
+pub fn named_tags(name: Option<&str>, given: &[types::Tag]) -> Vec<hearth_proto::v1::Tag> {
+    let name = name.map(|name| hearth_proto::v1::Tag { key: "Name".to_owned(), value: name.to_owned() });
+    name.into_iter().chain(tags(given)).collect()
+}
+
 /// Calls `page` until there are no more pages.
 pub async fn all_pages<T, F>(mut page: impl FnMut(PageRequest) -> F) -> Result<Vec<T>, CliError>
 where
@@ -144,8 +159,13 @@ where
     }
 }
 
+/// The client token that was given, or a fresh one.
+pub fn client_token(given: Option<String>) -> Result<String, CliError> {
+    given.map_or_else(fresh_client_token, Ok)
+}
+
 /// A fresh client token, so that a call that is repeated after a lost answer has its effect once.
-pub fn fresh_client_token() -> Result<String, CliError> {
+fn fresh_client_token() -> Result<String, CliError> {
     let mut bytes = [0u8; 16];
     getrandom::fill(&mut bytes).map_err(|error| CliError::Io {
         action: "get random numbers".to_owned(),

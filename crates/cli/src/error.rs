@@ -45,6 +45,14 @@ pub enum CliError {
         /// EC2's reason code, if any.
         reason: String,
     },
+    /// Something was waited for that does not come by itself.
+    #[error("{message}")]
+    Blocked {
+        /// What stands in the way.
+        message: String,
+        /// How to take it out of the way.
+        advice: String,
+    },
     /// Waiting took too long.
     #[error("{0}")]
     Timeout(String),
@@ -134,6 +142,20 @@ impl ApiFailure {
         Some(match self.reason.as_str() {
             "InvalidInstanceID.NotFound" | "InvalidInstanceID.Malformed" => "`hearth instance list` shows yours.",
             "InvalidAMIID.NotFound" | "InvalidAMIID.Malformed" => "`hearth image list` shows what there is.",
+            "InvalidVolume.NotFound" | "InvalidVolumeID.Malformed" => "`hearth volume list` shows yours.",
+            "InvalidSnapshot.NotFound" | "InvalidSnapshotID.Malformed" => "`hearth snapshot list` shows yours.",
+            "VolumeInUse" => "`hearth volume detach` takes it from its instance.",
+            "InvalidSnapshot.InUse" => {
+                "`hearth image deregister --delete-snapshots` deletes images with their snapshots."
+            }
+            "IncorrectState" => {
+                "`hearth volume describe` and `hearth snapshot describe` show states; --wait waits until a change is done."
+            }
+            "IncorrectImageState" | "InvalidAMIID.Unavailable" => "`hearth image list` shows states.",
+            "VolumeLimitExceeded" => "delete volumes you no longer need, or ask the operator for a higher limit.",
+            "ConcurrentSnapshotLimitExceeded" => {
+                "wait until one of them is completed (`hearth snapshot list --filter status=pending`)."
+            }
             "InvalidKeyPair.NotFound" => "`hearth key-pair list` shows yours.",
             "InvalidHostID.NotFound" | "InvalidHostID.Malformed" => "`hearth host list` shows them.",
             "InvalidInstanceType" | "InvalidParameterValue.InstanceType" => {
@@ -146,7 +168,7 @@ impl ApiFailure {
             "InstanceLimitExceeded" => {
                 "terminate instances you no longer need, or ask the operator for a higher limit."
             }
-            "OperationNotPermitted" => {
+            "OperationNotPermitted" if self.message.contains("protect") => {
                 "the instance is protected against termination (it was launched with --protect)."
             }
             "AuthFailure" | "Unauthenticated" => {
@@ -232,13 +254,18 @@ impl CliError {
         }
     }
 
+    /// Whether a dry run went as far as one goes: EC2 answers it with an error in any case.
+    pub fn is_passed_dry_run(&self) -> bool {
+        matches!(self, Self::Api(failure) if failure.reason == "DryRunOperation")
+    }
+
     /// 1 error, 2 usage, 3 not found, 4 conflict, limit or no capacity, 5 time-out.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Api(failure) => failure.exit_code(),
             Self::Usage(_) => 2,
             Self::NotFound { .. } => 3,
-            Self::Ambiguous(_) => 4,
+            Self::Ambiguous(_) | Self::Blocked { .. } => 4,
             Self::Failed { reason, .. } if reason.contains("InsufficientInstanceCapacity") => 4,
             Self::Timeout(_) => 5,
             _ => 1,
@@ -257,7 +284,7 @@ impl CliError {
                     let _ = write!(text, "\nhint: {advice}");
                 }
             }
-            Self::Connect { advice, .. } | Self::NotFound { advice, .. } => {
+            Self::Connect { advice, .. } | Self::NotFound { advice, .. } | Self::Blocked { advice, .. } => {
                 let _ = write!(text, "\nhint: {advice}");
             }
             _ => {}

@@ -74,6 +74,23 @@ pub fn print_one<V: View>(item: &V, form: OutputForm) -> Result<(), CliError> {
     print(&render_one(item, form)?)
 }
 
+/// Prints what was done to each of these ids, which is all there is to tell.
+pub fn print_done(ids: &[String], field: &str, done: &str, form: OutputForm) -> Result<(), CliError> {
+    print(&render_done(ids, field, done, form)?)
+}
+
+fn render_done(ids: &[String], field: &str, done: &str, form: OutputForm) -> Result<String, CliError> {
+    match form {
+        OutputForm::Table | OutputForm::Wide => Ok(ids.iter().map(|id| format!("{id} {done}\n")).collect()),
+        OutputForm::Id => Ok(ids.iter().map(|id| format!("{id}\n")).collect()),
+        form => {
+            let one =
+                |id: &String| Value::Object([(field.to_owned(), Value::String(id.clone()))].into_iter().collect());
+            render_value(&Value::Array(ids.iter().map(one).collect()), form)
+        }
+    }
+}
+
 fn render_table<V: View>(items: &[V], columns: usize) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
@@ -188,6 +205,16 @@ mod tests {
         assert_eq!(render_list::<Thing>(&[], OutputForm::Json).unwrap(), "[]\n");
         assert_eq!(render_list::<Thing>(&[], OutputForm::Id).unwrap(), "");
         assert_eq!(render_list::<Thing>(&[], OutputForm::Table).unwrap(), "ID  COUNT\n");
+    }
+
+    #[test]
+    fn what_was_done_is_told_in_every_form() {
+        let ids = ["i-1".to_owned(), "i-2".to_owned()];
+        let render = |form| render_done(&ids, "instance_id", "is rebooting", form).unwrap();
+        assert_eq!(render(OutputForm::Table), "i-1 is rebooting\ni-2 is rebooting\n");
+        assert_eq!(render(OutputForm::Id), "i-1\ni-2\n");
+        let parsed: Value = serde_json::from_str(&render(OutputForm::Json)).unwrap();
+        assert_eq!(parsed, json!([{"instance_id": "i-1"}, {"instance_id": "i-2"}]));
     }
 
     #[test]

@@ -133,7 +133,9 @@ async fn a_launch_carries_what_was_asked_and_a_client_token() {
     assert_eq!(said.out.lines().count(), 2);
     let asked = bed.state().launched[0].clone();
     assert_eq!((asked.image_id.as_str(), asked.instance_type.as_str()), ("ami-00000000000000abc", "m5.large"));
-    assert_eq!((asked.min_count, asked.max_count, asked.root_volume_bytes), (1, 2, 20 << 30));
+    assert_eq!((asked.min_count, asked.max_count), (1, 2));
+    let root = asked.block_device_mappings[0].clone();
+    assert_eq!((root.device_name.as_str(), root.ebs.unwrap().volume_size_bytes), ("/dev/sda1", 20 << 30));
     assert_eq!(asked.tags.len(), 2);
     assert_eq!(&asked.user_data[..], b"#cloud-config\n");
     assert_eq!(asked.placement.unwrap().strategy, 2);
@@ -167,6 +169,7 @@ async fn only_the_attributes_that_are_named_are_modified() {
         instance_initiated_shutdown_behavior: Some("terminate".into()),
         instance_type: Some("m5.large".into()),
         user_data: Some(Vec::new().into()),
+        delete_on_termination: Vec::new(),
     };
     assert_eq!(bed.state().modified, [first, second]);
     assert_eq!(modify(&[]).await.code, 2, "nothing to modify is a mistake");

@@ -28,6 +28,8 @@ pub(crate) async fn ensure_cluster(
     region: &str,
 ) -> Result<rec::Cluster, ControlError> {
     let mut page_key = vec![0u8; 32];
+    let mut storage_key = vec![0u8; 32];
+    getrandom::fill(&mut storage_key)?;
     let mut id = [0u8; 8];
     getrandom::fill(&mut page_key)?;
     getrandom::fill(&mut id)?;
@@ -36,6 +38,7 @@ pub(crate) async fn ensure_cluster(
         cluster_id: hex::encode(id),
         region: region.to_owned(),
         page_key,
+        storage_key,
     };
     let account = rec::Account {
         schema_version: SCHEMA_VERSION,
@@ -59,6 +62,11 @@ pub(crate) async fn ensure_cluster(
     let known = rec::Cluster::decode(kv.value).map_err(|error| refuse(error.to_string()))?;
     if known.region != region {
         return Err(refuse(format!("this cluster's region is {}, not {region}", known.region)));
+    }
+    if known.storage_key.is_empty() {
+        return Err(refuse(
+            "it has no storage key: this cluster was made by a release without snapshots; start a new one".to_owned(),
+        ));
     }
     Ok(known)
 }

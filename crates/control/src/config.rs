@@ -11,8 +11,8 @@ pub const DEFAULT_PORT: u16 = 7443;
 /// [`crate::Control::start`].
 #[derive(Clone, Debug)]
 pub struct ControlConfig {
-    /// Folder of everything that outlives a restart: the store (`hearth.db`), the CA (`pki/`), images (`images/<id>.raw`)
-    /// and unfinished uploads (`spool/`). Only one control plane uses it at a time.
+    /// Folder of everything that outlives a restart: the store (`hearth.db`), the CA (`pki/`), snapshots
+    /// (`objects/`, unless they are kept elsewhere) and unfinished uploads (`spool/`). Only one control plane uses it at a time.
     pub state_dir: PathBuf,
     /// Where to listen, for users and agents alike. Port 0 takes a free one.
     pub listen: SocketAddr,
@@ -45,10 +45,18 @@ pub struct ControlConfig {
     pub console_timeout: Duration,
     /// Pause between two runs of the reconcilers when nothing kicks them.
     pub resync_interval: Duration,
+    /// Pause between two runs of the object store's garbage collector.
+    pub collect_interval: Duration,
     /// Lease of the leader.
     pub leader_ttl: Duration,
     /// Largest file that may be uploaded as an image, and largest disk in it, in bytes.
     pub max_image_bytes: u64,
+    /// Where snapshots are kept: `file:///folder` or `s3://bucket/prefix`; `None` = `objects/` in the state folder.
+    pub object_store: Option<String>,
+    /// How to reach it; [`crate::object_store_options`] makes them from the environment.
+    pub object_store_options: hearth_snapshot::StoreOptions,
+    /// Most volumes that an account may have.
+    pub max_volumes_per_account: u32,
     /// Most instances that an account may have.
     pub max_instances_per_account: u32,
     /// Uploads going on at the same time.
@@ -74,8 +82,12 @@ impl ControlConfig {
             guest_timeout: Duration::from_secs(600),
             console_timeout: Duration::from_secs(10),
             resync_interval: Duration::from_secs(30),
+            collect_interval: Duration::from_secs(3600),
             leader_ttl: Duration::from_secs(10),
             max_image_bytes: 2 << 40,
+            object_store: None,
+            object_store_options: hearth_snapshot::StoreOptions::default(),
+            max_volumes_per_account: 5000,
             max_instances_per_account: 1000,
             max_concurrent_imports: 4,
         }
@@ -91,9 +103,13 @@ impl ControlConfig {
         self.state_dir.join("hearth.db")
     }
 
-    /// Where the raw disks of images are.
-    pub fn image_dir(&self) -> PathBuf {
-        self.state_dir.join("images")
+    /// Where snapshots are kept.
+    pub fn object_store_url(&self) -> String {
+        let local = || {
+            let folder = std::path::absolute(self.state_dir.join("objects"));
+            format!("file://{}", folder.unwrap_or_else(|_| self.state_dir.join("objects")).display())
+        };
+        self.object_store.clone().unwrap_or_else(local)
     }
 
     /// Where uploads are kept until they are converted.

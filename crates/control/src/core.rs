@@ -20,6 +20,8 @@ use crate::live::Live;
 use crate::pki::Pki;
 use crate::placement::Placement;
 use crate::service::idempotency::TokenLocks;
+use crate::service::task::Jobs;
+use crate::storage::Storage;
 use crate::tables::{Tables, Touched};
 
 /// Longest wait for the tables to show a write that the store has answered.
@@ -46,7 +48,9 @@ pub(crate) struct Core {
     pub live: Live,
     pub consoles: Consoles,
     pub token_locks: TokenLocks,
+    pub storage: Storage,
     pub imports: Arc<Semaphore>,
+    pub jobs: Jobs,
     /// Work that goes on by itself; the end waits for it.
     pub tasks: TaskTracker,
     /// Lets the reconcilers run now.
@@ -74,6 +78,7 @@ impl Core {
         config: ControlConfig,
         catalogue: Catalogue,
         pki: Pki,
+        storage: Storage,
         store: Arc<dyn Store>,
         leadership: Leadership,
         tables: Tables,
@@ -97,12 +102,14 @@ impl Core {
             imports: Arc::new(Semaphore::new(config.max_concurrent_imports)),
             consoles: Consoles::default(),
             token_locks: TokenLocks::default(),
+            jobs: Jobs::default(),
             tasks: TaskTracker::new(),
             reconcile: Notify::new(),
             live,
             config,
             catalogue,
             pki,
+            storage,
             store,
             over: watch::Sender::new(0),
             leadership: watch::Sender::new(leadership),
@@ -246,7 +253,8 @@ impl Core {
         for host in &touched.hosts {
             self.live.kick(host);
         }
-        if !touched.instances.is_empty() || !touched.hosts.is_empty() {
+        let seen = [&touched.instances, &touched.hosts, &touched.volumes, &touched.snapshots];
+        if seen.iter().any(|ids| !ids.is_empty()) {
             // No receiver is no error.
             let _ = self.changes.send(Arc::new(touched));
         }
@@ -260,13 +268,20 @@ impl Core {
         let _ = self.changes.send(Arc::new(touched));
     }
 
+    /// The same for a snapshot.
+    pub fn announce_snapshot(&self, snapshot: &str) {
+        let touched = Touched { snapshots: [snapshot.to_owned()].into(), ..Touched::default() };
+        // No receiver is no error.
+        let _ = self.changes.send(Arc::new(touched));
+    }
+
     /// A host's session came or went: new placements, status checks and watchers follow.
     pub fn host_changed(&self, host: &str) {
         let instances = self.with_placement(|tables, placement| {
             placement.sync_host(tables, host, self.live.is_up(host));
             tables.instances_on.get(host).cloned().unwrap_or_default()
         });
-        self.announce(Touched { instances, hosts: [host.to_owned()].into(), images: false });
+        self.announce(Touched { instances, hosts: [host.to_owned()].into(), ..Touched::default() });
     }
 
     /// Keeps the lease, and takes it again when a stall has cost it, until another control plane leads. Nothing needs to be

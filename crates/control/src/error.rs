@@ -29,6 +29,9 @@ pub enum ControlError {
     /// The store failed.
     #[error("store: {0}")]
     Store(#[from] hearth_store::Error),
+    /// The object store cannot be opened.
+    #[error(transparent)]
+    ObjectStore(#[from] hearth_snapshot::StorageError),
     /// A certificate or key is unusable.
     #[error("certificates: {0}")]
     Pki(String),

@@ -48,6 +48,24 @@ pub(crate) fn image_name(account: &str, name: &str) -> String {
     format!("/image-names/{account}/{}", segment(name))
 }
 
+pub(crate) fn volume(account: &str, id: &str) -> String {
+    format!("/volumes/{account}/{id}/spec")
+}
+
+pub(crate) fn snapshot_spec(account: &str, id: &str) -> String {
+    format!("/snapshots/{account}/{id}/spec")
+}
+
+pub(crate) fn snapshot_status(account: &str, id: &str) -> String {
+    format!("/snapshots/{account}/{id}/status")
+}
+
+pub(crate) fn task(account: &str, id: &str) -> String {
+    format!("/tasks/{account}/{id}")
+}
+
+pub(crate) const STORAGE_EPOCH: &str = "/storage/epoch";
+
 pub(crate) fn host_spec(id: &str) -> String {
     format!("/hosts/{id}/spec")
 }
@@ -93,6 +111,11 @@ pub(crate) enum Key<'a> {
     Pair(&'a str),
     ImageSpec(&'a str),
     ImageStatus(&'a str),
+    Volume(&'a str),
+    SnapshotSpec(&'a str),
+    SnapshotStatus(&'a str),
+    Task(&'a str),
+    StorageEpoch,
     HostSpec(&'a str),
     HostStatus(&'a str),
     InstanceSpec(&'a str),
@@ -122,6 +145,11 @@ impl<'a> Key<'a> {
             (Some("key-pairs"), Some(_), Some(id), None, _) => Self::Pair(id),
             (Some("images"), Some(_), Some(id), Some("spec"), None) => Self::ImageSpec(id),
             (Some("images"), Some(_), Some(id), Some("status"), None) => Self::ImageStatus(id),
+            (Some("volumes"), Some(_), Some(id), Some("spec"), None) => Self::Volume(id),
+            (Some("snapshots"), Some(_), Some(id), Some("spec"), None) => Self::SnapshotSpec(id),
+            (Some("snapshots"), Some(_), Some(id), Some("status"), None) => Self::SnapshotStatus(id),
+            (Some("tasks"), Some(_), Some(id), None, _) => Self::Task(id),
+            (Some("storage"), Some("epoch"), None, ..) => Self::StorageEpoch,
             (Some("hosts"), Some(id), Some("spec"), None, _) => Self::HostSpec(id),
             (Some("hosts"), Some(id), Some("status"), None, _) => Self::HostStatus(id),
             (Some("instances"), Some(_), Some(id), Some("spec"), None) => Self::InstanceSpec(id),
@@ -178,6 +206,11 @@ mod tests {
         assert_eq!(Key::parse(&key_pair("1", "key-1")), Key::Pair("key-1"));
         assert_eq!(Key::parse(&image_spec("1", "ami-1")), Key::ImageSpec("ami-1"));
         assert_eq!(Key::parse(&image_status("1", "ami-1")), Key::ImageStatus("ami-1"));
+        assert_eq!(Key::parse(&volume("1", "vol-1")), Key::Volume("vol-1"));
+        assert_eq!(Key::parse(&snapshot_spec("1", "snap-1")), Key::SnapshotSpec("snap-1"));
+        assert_eq!(Key::parse(&snapshot_status("1", "snap-1")), Key::SnapshotStatus("snap-1"));
+        assert_eq!(Key::parse(&task("1", "bun-1")), Key::Task("bun-1"));
+        assert_eq!(Key::parse(STORAGE_EPOCH), Key::StorageEpoch);
         assert_eq!(Key::parse(&host_spec("h-1")), Key::HostSpec("h-1"));
         assert_eq!(Key::parse(&host_status("h-1")), Key::HostStatus("h-1"));
         assert_eq!(Key::parse(&instance_spec("1", "i-1")), Key::InstanceSpec("i-1"));

@@ -18,7 +18,8 @@ use crate::auth::{self, Agent, Caller};
 use crate::core::Core;
 
 const API_PREFIX: &str = "/hearth.v1.";
-const AGENT_PREFIX: &str = "/hearth.v1.AgentService/";
+/// Services that agents alone use.
+const AGENT_PREFIXES: [&str; 2] = ["/hearth.v1.AgentService/", "/hearth.v1.ObjectService/"];
 const ENROLL: &str = "/hearth.v1.AgentService/Enroll";
 
 /// Puts [`ApiService`] around the services.
@@ -62,7 +63,7 @@ fn identify(core: &Core, request: &mut Request<Body>) -> ApiResult<Who> {
     if !path.starts_with(API_PREFIX) || path == ENROLL {
         return Ok(Who::Nobody);
     }
-    if path.starts_with(AGENT_PREFIX) {
+    if AGENT_PREFIXES.iter().any(|prefix| path.starts_with(prefix)) {
         let certificates = request
             .extensions()
             .get::<TlsConnectInfo<TcpConnectInfo>>()

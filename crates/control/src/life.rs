@@ -8,6 +8,7 @@ use v1::{ObservedState, RunState};
 
 use crate::clock;
 use crate::tables::SCHEMA_VERSION;
+use crate::volumes;
 
 /// What a power-off from inside does.
 pub(crate) const SHUTDOWN_STOP: &str = "stop";
@@ -41,6 +42,11 @@ fn fulfils(run: RunState, observed: ObservedState) -> bool {
 /// volume); starting it admits it again.
 pub(crate) fn holds_resources(spec: &InstanceSpec, status: Option<&InstanceStatus>) -> bool {
     !matches!(state_of(spec, status), InstanceState::Stopped | InstanceState::Terminated)
+}
+
+/// Whether its root disk is its host's, made of a bundle: it cannot be stopped, and ends when its guest powers off.
+pub(crate) fn has_store_root(spec: &InstanceSpec) -> bool {
+    spec.spec.as_ref().is_some_and(|spec| spec.bundle_root.is_some())
 }
 
 /// What the host should make of it.
@@ -106,6 +112,8 @@ pub(crate) struct Change {
     pub spec: Option<InstanceSpec>,
     /// The host refused the launch for want of room: another one may be tried before `spec` (which gives up) is written.
     pub refused: bool,
+    /// Volumes that have left the instance, with `spec`.
+    pub detached: Vec<String>,
 }
 
 /// Whether a report is older than what is known already.
@@ -138,6 +146,7 @@ pub(crate) fn apply_report(
         reason: report.reason.clone(),
         guest_responded: report.guest_responded,
         boot_count: report.boot_count,
+        volumes: report.volumes.clone(),
         host_id: origin.host_id.to_owned(),
         agent_epoch: origin.agent_epoch,
         sequence: report.sequence,
@@ -157,9 +166,17 @@ pub(crate) fn apply_report(
     if state_of(spec, Some(&new)) == InstanceState::Terminated && old.terminated_ms == 0 {
         new.terminated_ms = origin.now_ms;
     }
-    let mut change = Change { status: None, spec: None, refused: false };
+    let mut change = Change::default();
     if heard && spec.run() == RunState::Running {
         follow_up(spec, &new, report, origin, &mut change);
+    }
+    let wanted = change.spec.as_ref().unwrap_or(spec);
+    // What the host says now, not what it once reached: a guest that runs after all has its volumes open.
+    let stopped = state_of(wanted, Some(&new)) == InstanceState::Stopped
+        && matches!(report.state(), ObservedState::Stopped | ObservedState::Gone);
+    if let Some((spec, detached)) = volumes::take_detached(wanted, &report.volumes, stopped) {
+        change.spec = Some(spec);
+        change.detached = detached;
     }
     if differs(&old, &new) {
         change.status = Some(new);
@@ -185,6 +202,7 @@ fn follow_up(
     match report.state() {
         ObservedState::Stopped | ObservedState::Stopping if report.guest_powered_off => {
             let run = match spec.instance_initiated_shutdown_behavior.as_str() {
+                _ if has_store_root(spec) => RunState::Terminated,
                 SHUTDOWN_TERMINATE => RunState::Terminated,
                 _ => RunState::Stopped,
             };
@@ -201,7 +219,8 @@ fn follow_up(
             );
             change.refused = reason.code == StateReason::INSUFFICIENT_CAPACITY && !new.has_run;
             // A launch that never ran ends as terminated; what ran before keeps its disks.
-            let run = if new.has_run { RunState::Stopped } else { RunState::Terminated };
+            let keeps = new.has_run && !has_store_root(spec);
+            let run = if keeps { RunState::Stopped } else { RunState::Terminated };
             let text = format!("{} ({when})", reason.code);
             change.spec = Some(want(spec, run, true, Some(reason), text));
         }
@@ -241,7 +260,7 @@ pub(crate) fn apply_missing(spec: &InstanceSpec, status: Option<&InstanceStatus>
             new.terminated_ms = origin.now_ms;
         }
     }
-    Change { status: Some(new), spec: None, refused: false }
+    Change { status: Some(new), ..Change::default() }
 }
 
 /// The operator vouches that the host is off for good.

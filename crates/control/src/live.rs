@@ -45,6 +45,8 @@ pub(crate) struct Live {
     next_session: AtomicU64,
     hosts: Mutex<HashMap<String, LiveHost>>,
     progress: Mutex<HashMap<String, v1::Progress>>,
+    /// Percent, by snapshot or task.
+    percents: Mutex<HashMap<String, u32>>,
 }
 
 impl Live {
@@ -55,6 +57,7 @@ impl Live {
             next_session: AtomicU64::new(1),
             hosts: Mutex::default(),
             progress: Mutex::default(),
+            percents: Mutex::default(),
         }
     }
 
@@ -156,5 +159,18 @@ impl Live {
 
     pub fn progress(&self, instance: &str) -> Option<v1::Progress> {
         self.progress.lock().get(instance).cloned()
+    }
+
+    /// How far a snapshot's upload or a task is; `None` = it has ended. `true` when that is new.
+    pub fn set_percent(&self, id: &str, percent: Option<u32>) -> bool {
+        let mut all = self.percents.lock();
+        match percent {
+            Some(percent) => all.insert(id.to_owned(), percent) != Some(percent),
+            None => all.remove(id).is_some(),
+        }
+    }
+
+    pub fn percent(&self, id: &str) -> u32 {
+        self.percents.lock().get(id).copied().unwrap_or(0)
     }
 }

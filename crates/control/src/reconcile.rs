@@ -15,6 +15,8 @@ use crate::life;
 use crate::tables::{Tables, account_of};
 
 pub(crate) mod images;
+pub(crate) mod tasks;
+pub(crate) mod volumes;
 
 /// Pause after a run, so that a storm of changes is one run.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -28,6 +30,19 @@ pub(crate) fn spawn(core: &Arc<Core>, tasks: &mut JoinSet<()>) {
         tokio::select! {
             () = run(&reconciler) => {}
             () = reconciler.stop.cancelled() => {}
+        }
+    });
+    let collector = core.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(jittered(collector.config.collect_interval)) => {}
+                () = collector.stop.cancelled() => return,
+            }
+            match crate::service::storage::collect(&collector, false).await {
+                Ok(done) => tracing::debug!(?done, "garbage collected"),
+                Err(error) => tracing::warn!(%error, "garbage could not be collected; it is tried again"),
+            }
         }
     });
     // Hosts that do not come back after a start of the control plane.
@@ -50,7 +65,10 @@ async fn run(core: &Arc<Core>) {
         for (what, result) in [
             ("tombstones", tombstones(core).await),
             ("tokens", tokens(core).await),
-            ("images", images::reclaim(core).await),
+            ("volumes", volumes::advance(core).await),
+            ("snapshots", volumes::snapshots(core).await),
+            ("images", images::advance(core).await),
+            ("tasks", tasks::advance(core).await),
         ] {
             if let Err(error) = result {
                 tracing::warn!(what, %error, "a reconciler could not finish; it is run again");

@@ -8,6 +8,7 @@ use hearth_proto::v1;
 use hearth_store::sqlite::SqliteStore;
 use hearth_store::{Store, leader};
 use hearth_types::JoinToken;
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -24,12 +25,15 @@ use crate::layer::ApiLayer;
 use crate::pki::{Pki, ServerIdentity};
 use crate::reconcile;
 use crate::service::Api;
+use crate::storage::Storage;
 use crate::tables::Tables;
 
 /// Largest request of the user services; images come in chunks.
 const MAX_REQUEST_BYTES: usize = 4 << 20;
 /// Largest message of an agent: full reports.
 const MAX_AGENT_MESSAGE_BYTES: usize = 8 << 20;
+/// Largest object that an agent writes: parts of bundles have 10 MiB and a little.
+const MAX_OBJECT_BYTES: usize = 32 << 20;
 /// Largest set of request headers.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Calls at a time on one connection.
@@ -38,6 +42,10 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Not shorter than agents' own: a busy machine must not make both begin anew again and again.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the object store has to answer at the start.
+const STORE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Object that says whose store it is: the cluster's id.
+const OWNER_OBJECT: &str = "cluster";
 /// How long running calls may go on after a shutdown was asked for.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -75,7 +83,7 @@ impl Control {
     /// As [`Self::start`].
     pub async fn start_with_store(config: ControlConfig, store: Arc<dyn Store>) -> Result<Self, ControlError> {
         check(&config)?;
-        for folder in [config.state_dir.clone(), config.image_dir(), config.spool_dir()] {
+        for folder in [config.state_dir.clone(), config.spool_dir()] {
             files::make_dir(&folder)?;
         }
         let catalogue = bootstrap::load_catalogue(&config)?;
@@ -94,7 +102,11 @@ impl Control {
         let endpoint =
             config.public_endpoint.clone().unwrap_or_else(|| format!("https://localhost:{}", address.port()));
         let stop = CancellationToken::new();
-        let core = Arc::new(Core::new(config, catalogue, pki, store, leadership, tables, revision, stop));
+        let url = config.object_store_url();
+        let objects = hearth_snapshot::open_store(&url, &config.object_store_options)?;
+        claim_store(&url, &objects, &cluster.cluster_id).await?;
+        let storage = Storage::new(url, objects, cluster.storage_key);
+        let core = Arc::new(Core::new(config, catalogue, pki, storage, store, leadership, tables, revision, stop));
 
         let mut tasks = JoinSet::new();
         let follower = core.clone();
@@ -123,9 +135,9 @@ impl Control {
         self.core.pki.ca_pem()
     }
 
-    /// Folder with the raw disks of images, `<image id>.raw`.
-    pub fn image_dir(&self) -> std::path::PathBuf {
-        self.core.config.image_dir()
+    /// The object store that holds snapshots, for an agent in the same process.
+    pub fn objects(&self) -> Arc<dyn hearth_snapshot::ObjectStore> {
+        self.core.storage.objects.clone()
     }
 
     /// Makes a one-time token with which one agent may join within `ttl`.
@@ -181,6 +193,12 @@ impl Control {
             )
             .add_service(service!(instance_service_server, InstanceServiceServer))
             .add_service(service!(instance_type_service_server, InstanceTypeServiceServer))
+            .add_service(service!(volume_service_server, VolumeServiceServer))
+            .add_service(service!(snapshot_service_server, SnapshotServiceServer))
+            .add_service(service!(storage_service_server, StorageServiceServer))
+            .add_service(
+                service!(object_service_server, ObjectServiceServer).max_decoding_message_size(MAX_OBJECT_BYTES),
+            )
             .add_service(service!(host_service_server, HostServiceServer))
             .add_service(
                 v1::agent_service_server::AgentServiceServer::new(api.clone())
@@ -233,6 +251,40 @@ pub async fn run(config: ControlConfig, shutdown: CancellationToken) -> Result<(
         () = shutdown.cancelled() => return Ok(()),
     };
     control.serve(shutdown).await
+}
+
+/// Makes sure that the object store answers and is this cluster's: what another one's garbage collector does not know, it deletes.
+async fn claim_store(url: &str, objects: &Arc<dyn ObjectStore>, cluster_id: &str) -> Result<(), ControlError> {
+    let refuse =
+        |reason: String| Err(ControlError::Setting { name: "object_store", reason: format!("{url}: {reason}") });
+    let path = object_store::path::Path::from(OWNER_OBJECT);
+    let claim = async {
+        let found = match objects.get(&path).await {
+            Err(object_store::Error::NotFound { .. }) => {
+                let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+                match objects.put_opts(&path, cluster_id.to_owned().into(), options).await {
+                    Ok(_) => return Ok(cluster_id.to_owned()),
+                    // Somebody else was faster, or the service cannot tell.
+                    Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {}
+                    Err(object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. }) => {
+                        objects.put(&path, cluster_id.to_owned().into()).await?;
+                    }
+                    Err(error) => return Err(error),
+                }
+                objects.get(&path).await?
+            }
+            found => found?,
+        };
+        Ok(String::from_utf8_lossy(&found.bytes().await?).trim().to_owned())
+    };
+    match tokio::time::timeout(STORE_TIMEOUT, claim).await {
+        Ok(Ok(owner)) if owner == cluster_id => Ok(()),
+        Ok(Ok(owner)) => refuse(format!(
+            "it holds the snapshots of another cluster ({owner:.32}), this is {cluster_id}; use another prefix"
+        )),
+        Ok(Err(error)) => refuse(error.to_string()),
+        Err(_) => refuse(format!("it has not answered within {} s", STORE_TIMEOUT.as_secs())),
+    }
 }
 
 fn check(config: &ControlConfig) -> Result<(), ControlError> {

@@ -7,9 +7,14 @@ use crate::core::Core;
 
 pub(crate) mod account;
 pub(crate) mod agent;
+pub(crate) mod attach;
 pub(crate) mod attribute;
+pub(crate) mod bundle;
 pub(crate) mod console;
+pub(crate) mod copy_image;
+pub(crate) mod create_image;
 pub(crate) mod enroll;
+pub(crate) mod export;
 pub(crate) mod host;
 pub(crate) mod idempotency;
 pub(crate) mod image;
@@ -18,12 +23,24 @@ pub(crate) mod instance;
 pub(crate) mod instance_type;
 pub(crate) mod key_pair;
 pub(crate) mod lifecycle;
+pub(crate) mod objects;
+pub(crate) mod register;
+pub(crate) mod replace_root;
 pub(crate) mod reports;
 pub(crate) mod run;
 pub(crate) mod session;
+pub(crate) mod snapshot;
+pub(crate) mod storage;
+pub(crate) mod store_image;
 pub(crate) mod tag;
+pub(crate) mod task;
 pub(crate) mod token;
+pub(crate) mod volume;
+pub(crate) mod volume_reports;
 pub(crate) mod watch;
+
+/// Attempts of a call when records change under it.
+pub(crate) const MAX_ATTEMPTS: u32 = 20;
 
 /// Implements every service.
 #[derive(Clone)]

@@ -49,6 +49,7 @@ impl<S, T> Entry<S, T> {
 
 pub(crate) type InstanceEntry = Entry<rec::InstanceSpec, rec::InstanceStatus>;
 pub(crate) type ImageEntry = Entry<rec::ImageSpec, rec::ImageStatus>;
+pub(crate) type SnapshotEntry = Entry<rec::SnapshotSpec, rec::SnapshotStatus>;
 pub(crate) type HostEntry = Entry<rec::HostSpec, rec::HostStatus>;
 
 /// All tables.
@@ -62,6 +63,12 @@ pub(crate) struct Tables {
     pub client_tokens: HashMap<String, Versioned<rec::ClientToken>>,
     pub key_pairs: BTreeMap<String, Versioned<rec::KeyPair>>,
     pub images: BTreeMap<String, ImageEntry>,
+    pub volumes: BTreeMap<String, Versioned<rec::VolumeSpec>>,
+    /// By host that holds the data.
+    pub volumes_on: HashMap<String, BTreeSet<String>>,
+    pub snapshots: BTreeMap<String, SnapshotEntry>,
+    pub tasks: BTreeMap<String, Versioned<rec::Task>>,
+    pub storage_epoch: Option<Versioned<rec::StorageEpoch>>,
     pub hosts: BTreeMap<String, HostEntry>,
     pub instances: BTreeMap<String, InstanceEntry>,
     /// By host.
@@ -82,6 +89,8 @@ pub(crate) struct Touched {
     /// Hosts whose desired state may have changed.
     pub hosts: BTreeSet<String>,
     pub images: bool,
+    pub volumes: BTreeSet<String>,
+    pub snapshots: BTreeSet<String>,
 }
 
 trait Record: Message + Default {
@@ -100,6 +109,11 @@ records!(
     KeyPair,
     ImageSpec,
     ImageStatus,
+    VolumeSpec,
+    SnapshotSpec,
+    SnapshotStatus,
+    Task,
+    StorageEpoch,
     HostSpec,
     HostStatus,
     InstanceSpec,
@@ -157,6 +171,27 @@ impl Tables {
                 touched.images = true;
                 self.images.entry(id.to_owned()).or_default().status = Some(decode(kv)?);
             }
+            Key::Volume(id) => {
+                let spec: Versioned<rec::VolumeSpec> = decode(kv)?;
+                self.touch_volume(id, touched);
+                self.volumes_on.entry(spec.host_id.clone()).or_default().insert(id.to_owned());
+                self.volumes.insert(id.to_owned(), spec);
+                self.touch_users(id, touched);
+            }
+            Key::SnapshotSpec(id) => {
+                self.snapshots.entry(id.to_owned()).or_default().spec = Some(decode(kv)?);
+                self.touch_snapshot(id, touched);
+            }
+            Key::SnapshotStatus(id) => {
+                self.snapshots.entry(id.to_owned()).or_default().status = Some(decode(kv)?);
+                self.touch_snapshot(id, touched);
+            }
+            Key::Task(id) => {
+                let task: Versioned<rec::Task> = decode(kv)?;
+                touched.hosts.extend(Some(task.host_id.clone()).filter(|host| !host.is_empty()));
+                self.tasks.insert(id.to_owned(), task);
+            }
+            Key::StorageEpoch => self.storage_epoch = Some(decode(kv)?),
             Key::HostSpec(id) => {
                 touched.hosts.insert(id.to_owned());
                 self.hosts.entry(id.to_owned()).or_default().spec = Some(decode(kv)?);
@@ -171,6 +206,7 @@ impl Tables {
                 entry.status = Some(decode(kv)?);
                 touched.instances.insert(id.to_owned());
                 touched.hosts.extend(entry.spec.as_ref().map(|spec| spec.host_id.clone()));
+                self.touch_volumes_of(id, touched);
             }
             Key::Eviction(host, instance) => {
                 touched.hosts.insert(host.to_owned());
@@ -193,6 +229,38 @@ impl Tables {
         self.instances_on.entry(spec.host_id.clone()).or_default().insert(id.to_owned());
         self.instances_of.entry(account_of(&spec).to_owned()).or_default().insert(id.to_owned());
         self.instances.entry(id.to_owned()).or_default().spec = Some(spec);
+        self.touch_volumes_of(id, touched);
+    }
+
+    /// What is seen of an instance's volumes depends on the instance.
+    fn touch_volumes_of(&self, instance: &str, touched: &mut Touched) {
+        let spec = self.instances.get(instance).and_then(|entry| entry.spec.as_ref());
+        let volumes = spec.iter().filter_map(|spec| spec.spec.as_ref()).flat_map(|spec| &spec.volumes);
+        touched.volumes.extend(volumes.filter_map(|attached| Some(attached.volume.as_ref()?.volume_id.clone())));
+    }
+
+    /// Takes a volume out of the index; those who watch it or hold it look again.
+    fn touch_volume(&mut self, id: &str, touched: &mut Touched) {
+        self.touch_users(id, touched);
+        if let Some(old) = self.volumes.get(id) {
+            remove_indexed(&mut self.volumes_on, &old.host_id, id);
+        }
+    }
+
+    fn touch_users(&self, id: &str, touched: &mut Touched) {
+        touched.volumes.insert(id.to_owned());
+        let Some(volume) = self.volumes.get(id) else { return };
+        for (set, user) in [(&mut touched.hosts, &volume.host_id), (&mut touched.instances, &volume.instance_id)] {
+            if !user.is_empty() {
+                set.insert(user.clone());
+            }
+        }
+    }
+
+    fn touch_snapshot(&self, id: &str, touched: &mut Touched) {
+        touched.snapshots.insert(id.to_owned());
+        let spec = self.snapshots.get(id).and_then(|entry| entry.spec.as_ref());
+        touched.hosts.extend(spec.map(|spec| spec.host_id.clone()).filter(|host| !host.is_empty()));
     }
 
     fn unindex_instance(&mut self, id: &str, touched: &mut Touched) {
@@ -218,6 +286,20 @@ impl Tables {
                 touched.images = true;
                 clear(&mut self.images, id, |entry| entry.status = None);
             }
+            Key::Volume(id) => {
+                self.touch_volume(id, touched);
+                self.volumes.remove(id);
+            }
+            Key::SnapshotSpec(id) => {
+                self.touch_snapshot(id, touched);
+                clear(&mut self.snapshots, id, |entry| entry.spec = None);
+            }
+            Key::SnapshotStatus(id) => {
+                self.touch_snapshot(id, touched);
+                clear(&mut self.snapshots, id, |entry| entry.status = None);
+            }
+            Key::Task(id) => _ = self.tasks.remove(id),
+            Key::StorageEpoch => self.storage_epoch = None,
             Key::HostSpec(id) => {
                 touched.hosts.insert(id.to_owned());
                 clear(&mut self.hosts, id, |entry| entry.spec = None);
@@ -260,6 +342,12 @@ impl Tables {
     /// Spec and status of an instance; the status is the default one until the host has reported.
     pub fn instance(&self, id: &str) -> Option<(Versioned<rec::InstanceSpec>, Option<Versioned<rec::InstanceStatus>>)> {
         let entry = self.instances.get(id)?;
+        Some((entry.spec.clone()?, entry.status.clone()))
+    }
+
+    /// Spec and status of a snapshot; the status is the default one at first.
+    pub fn snapshot(&self, id: &str) -> Option<(Versioned<rec::SnapshotSpec>, Option<Versioned<rec::SnapshotStatus>>)> {
+        let entry = self.snapshots.get(id)?;
         Some((entry.spec.clone()?, entry.status.clone()))
     }
 

@@ -9,13 +9,13 @@ use crate::error::DaemonError;
 use crate::layout;
 use crate::settings::{RestoreArgs, Settings};
 
-fn store_path(settings: &Settings) -> PathBuf {
-    layout::control(settings, IpAddr::V4(Ipv4Addr::LOCALHOST)).store_path()
+fn store_path(settings: &Settings) -> Result<PathBuf, DaemonError> {
+    Ok(layout::control(settings, IpAddr::V4(Ipv4Addr::LOCALHOST))?.store_path())
 }
 
 /// Writes a consistent copy of the store to `file`; the control plane may run meanwhile.
 pub fn backup(settings: &Settings, file: &Path) -> Result<(), DaemonError> {
-    let store = store_path(settings);
+    let store = store_path(settings)?;
     let revision = sqlite::backup(&store, file)?;
     println!("{} holds {} as of revision {revision}", file.display(), store.display());
     Ok(())
@@ -23,7 +23,7 @@ pub fn backup(settings: &Settings, file: &Path) -> Result<(), DaemonError> {
 
 /// Puts a copy in the place of the store. The control plane must not run.
 pub fn restore(settings: &Settings, args: &RestoreArgs) -> Result<(), DaemonError> {
-    let store = store_path(settings);
+    let store = store_path(settings)?;
     if let Some(folder) = store.parent() {
         use std::os::unix::fs::DirBuilderExt;
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);

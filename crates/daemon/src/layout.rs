@@ -24,7 +24,7 @@ fn refuse(name: &'static str, reason: impl Into<String>) -> DaemonError {
 }
 
 /// Configuration of the control plane; `default_address` is where it listens when nothing is said.
-pub fn control(settings: &Settings, default_address: IpAddr) -> ControlConfig {
+pub fn control(settings: &Settings, default_address: IpAddr) -> Result<ControlConfig, DaemonError> {
     let mut config = ControlConfig::new(settings.state_dir().join("control"));
     config.listen = settings.listen_or(default_address);
     config.server_names.clone_from(&settings.server_names);
@@ -36,7 +36,9 @@ pub fn control(settings: &Settings, default_address: IpAddr) -> ControlConfig {
     set(&mut config.tombstone_ttl, settings.tombstone_ttl.map(|span| span.0));
     set(&mut config.max_instances_per_account, settings.max_instances_per_account);
     set(&mut config.max_image_bytes, settings.max_image_bytes);
-    config
+    config.object_store.clone_from(&settings.object_store);
+    config.object_store_options = hearth_control::object_store_options(|name| std::env::var(name).ok())?;
+    Ok(config)
 }
 
 /// Configuration of the agent, without where and how to join.
@@ -54,6 +56,7 @@ pub fn agent(settings: &Settings) -> Result<AgentConfig, DaemonError> {
     set(&mut config.stop_timeout, settings.stop_timeout.map(|span| span.0));
     set(&mut config.terminate_timeout, settings.terminate_timeout.map(|span| span.0));
     config.reserved_memory_mib = settings.reserved_memory_mib.or(config.reserved_memory_mib);
+    config.background_fill = u64::from(settings.background_fill_mibps.unwrap_or(0)) << 20;
     config.reserved_disk_bytes = settings.reserved_disk_bytes.or(config.reserved_disk_bytes);
     set(&mut config.network.bridge, settings.bridge.clone());
     set(&mut config.network.instance_cidr, settings.instance_cidr.map(|cidr| cidr.0));
@@ -125,7 +128,7 @@ mod tests {
     fn everything_lies_under_the_state_folder() {
         let settings =
             Settings { state_dir: Some("/srv/h".into()), region: Some("attic-1".into()), ..Settings::default() };
-        let control = control(&settings, Ipv4Addr::LOCALHOST.into());
+        let control = control(&settings, Ipv4Addr::LOCALHOST.into()).unwrap();
         assert_eq!(control.state_dir, Path::new("/srv/h/control"));
         assert_eq!(control.admin_credentials_path(), Path::new("/srv/h/admin.json"));
         assert_eq!(control.listen.to_string(), "127.0.0.1:7443");

@@ -90,12 +90,12 @@ fn begin() -> Result<CancellationToken, DaemonError> {
 pub async fn up(settings: &Settings) -> Result<(), DaemonError> {
     need_root()?;
     let mut agent = layout::agent(settings)?;
-    let config = layout::control(settings, IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let config = layout::control(settings, IpAddr::V4(Ipv4Addr::LOCALHOST))?;
     let credentials = config.admin_credentials_path();
-    agent.local_image_dir = Some(config.image_dir());
     let shutdown = begin()?;
     let Some(started) = shutdown.run_until_cancelled(Control::start(config)).await else { return Ok(()) };
     let control = started?;
+    agent.objects = Some(control.objects());
     let endpoint = layout::own_endpoint(control.local_addr());
     agent.join_token = Some(control.create_join_token(OWN_TOKEN_TTL).await?);
     agent.control_endpoints = vec![endpoint.clone()];
@@ -112,7 +112,7 @@ pub async fn up(settings: &Settings) -> Result<(), DaemonError> {
 
 /// Only the control plane.
 pub async fn control(settings: &Settings) -> Result<(), DaemonError> {
-    let mut config = layout::control(settings, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let mut config = layout::control(settings, IpAddr::V4(Ipv4Addr::UNSPECIFIED))?;
     if let Some(name) = &settings.name {
         config.name.clone_from(name);
     }

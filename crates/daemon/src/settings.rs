@@ -277,6 +277,10 @@ settings! {
     /// Largest image and disk in it, in bytes [default: 2 TiB]
     #[arg(long, value_name = "BYTES", help_heading = "Control plane")]
     max_image_bytes: Option<u64>,
+    /// Where snapshots and images are kept: file:///FOLDER or s3://BUCKET/PREFIX, which is reached as the variables AWS_* say
+    /// [default: control/objects in the state folder]
+    #[arg(long, value_name = "URL", help_heading = "Control plane")]
+    object_store: Option<String>,
 
     /// URL of the control plane to join (several times: tried in turn)
     #[arg(long = "control", value_name = "URL", help_heading = "Agent")]
@@ -326,6 +330,9 @@ settings! {
     /// Disk space kept from instance store [default: one tenth]
     #[arg(long, value_name = "BYTES", help_heading = "Agent")]
     reserved_disk_bytes: Option<u64>,
+    /// Fetch what volumes have not read yet in the background, this fast; 0 = only what is read [default: 0]
+    #[arg(long, value_name = "MIB/S", help_heading = "Agent")]
+    background_fill_mibps: Option<u32>,
     /// vCPUs offered per 100 host threads [default: 100]
     #[arg(long, value_name = "PERCENT", help_heading = "Agent")]
     vcpu_overcommit_percent: Option<u32>,

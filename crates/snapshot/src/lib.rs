@@ -11,7 +11,6 @@
 mod archive;
 mod bundle;
 mod chunk;
-mod clone;
 mod convert;
 mod epoch;
 mod error;
@@ -45,7 +44,6 @@ pub use bundle::{
     restore_bundle, write_bundle,
 };
 pub use chunk::{CHUNK_BYTES, ChunkHash, ChunkRef, ChunkStore, KeyDomain, KeyDomainId, PutOutcome, chunk_count};
-pub use clone::{CloneMethod, Cloned, clone_file};
 pub use convert::{Converted, DEFAULT_MAX_VIRTUAL_BYTES, Limits, convert, convert_with_limits};
 pub use epoch::{Epoch, GRACE, LOOKBACK};
 pub use error::ImageError;

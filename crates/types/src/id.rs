@@ -128,6 +128,9 @@ resource_id!(
     /// One EBS volume.
     VolumeId, "vol", "a volume");
 resource_id!(
+    /// One EBS snapshot.
+    SnapshotId, "snap", "a snapshot");
+resource_id!(
     /// One key pair.
     KeyPairId, "key", "a key pair");
 resource_id!(

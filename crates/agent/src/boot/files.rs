@@ -56,19 +56,31 @@ impl BootLoader {
 
     /// Finds kernel, initrd and command line in the raw disk at `path`. Blocks.
     pub fn load(&self, path: &Path, overrides: &Override) -> Result<BootFiles, BootFilesError> {
-        let _one_at_a_time = self.busy.lock();
         let opened = File::open(path).and_then(FileDisk::new).map_err(host(format!("opening {}", path.display())))?;
         let file = Arc::new(opened);
-        let disk: Arc<dyn ReadAt> = file.clone();
-        let found = discover(&disk, overrides).map_err(|error| match file.take_failure() {
+        self.load_from(&(file.clone() as Arc<dyn ReadAt>), &path.display().to_string(), overrides, || {
+            file.take_failure()
+        })
+    }
+
+    /// The same in any disk; `name` is for messages, `failure` tells what went wrong beneath the disk since it was last asked.
+    pub fn load_from(
+        &self,
+        disk: &Arc<dyn ReadAt>,
+        name: &str,
+        overrides: &Override,
+        failure: impl Fn() -> Option<io::Error>,
+    ) -> Result<BootFiles, BootFilesError> {
+        let _one_at_a_time = self.busy.lock();
+        let found = discover(disk, overrides).map_err(|error| match failure() {
             // What could not be read may well be there: nothing is said against the disk's content.
-            Some(source) => host(format!("reading {}", path.display()))(source),
+            Some(source) => host(format!("reading {name}"))(source),
             None => BootFilesError::Image(error),
         })?;
         let kernel = self.kernel(&found.kernel)?;
         let initrd = found.initrd.as_deref().map(|content| in_memory(c"initrd", content)).transpose();
         let initrd = initrd.map_err(host("keeping the initrd in memory"))?;
-        tracing::debug!(disk = %path.display(), kernel = found.kernel_place, cmdline = found.cmdline, "found what to boot");
+        tracing::debug!(disk = name, kernel = found.kernel_place, cmdline = found.cmdline, "found what to boot");
         Ok(BootFiles { kernel, initrd, cmdline: found.cmdline })
     }
 

@@ -14,6 +14,7 @@ mod restart;
 mod spec;
 mod start;
 mod task;
+mod volumes;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,14 +23,13 @@ use tokio::sync::Semaphore;
 
 use crate::boot::BootLoader;
 use crate::capacity::{Admission, Calibration};
-use crate::images::Images;
 use crate::launch::SharedLauncher;
 use crate::net::HostNet;
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::volumes::Volumes;
+use crate::storage::{HostVolumes, Snapshots};
 
-pub use spec::{Nic, Spec};
+pub use spec::{Attachment, Nic, Spec};
 pub use task::{InstanceTask, Wishes, report_gone};
 
 /// What all instances of a host share.
@@ -40,10 +40,10 @@ pub struct Host {
     pub launcher: SharedLauncher,
     /// Network.
     pub network: Arc<dyn HostNet>,
-    /// Disks.
-    pub volumes: Arc<dyn Volumes>,
-    /// Images.
-    pub images: Images,
+    /// EBS volumes.
+    pub volumes: Arc<HostVolumes>,
+    /// Their snapshots.
+    pub snapshots: Arc<Snapshots>,
     /// Kernels.
     pub boot: Arc<BootLoader>,
     /// What is taken.
@@ -51,7 +51,7 @@ pub struct Host {
     /// How fast the host is.
     pub calibration: Calibration,
     /// What is told.
-    pub reports: Reports,
+    pub reports: Arc<Reports>,
     /// Instances whose disks and VMMs may be made at the same time: more would only make each other, and the rest of the host,
     /// slower.
     pub starts: Arc<Semaphore>,

@@ -7,7 +7,6 @@ use hearth_types::instance_type::{MAX_VCPUS, MIN_MEMORY_MIB};
 use hearth_types::{Resources, VolumeId};
 
 use crate::boot::Override;
-use crate::images::Wanted;
 
 /// Most disks and most NICs of one instance: slots of its PCI bus.
 const MAX_DEVICES: usize = 24;
@@ -34,11 +33,22 @@ pub struct InstanceStore {
     pub bytes: u64,
 }
 
+/// One EBS volume of an instance.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attachment {
+    /// Its id.
+    pub id: VolumeId,
+    /// The volume as it is wanted.
+    pub volume: v1::HostVolume,
+    /// Whether the guest is to let go of it.
+    pub detach: v1::DetachWish,
+    /// Grows each time that is asked again.
+    pub detach_attempt: u32,
+}
+
 /// An instance, as far as the agent must understand it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
-    /// What its root volume is made from.
-    pub image: Wanted,
     /// What its owner says about booting it.
     pub boot: Override,
     /// Name of its type.
@@ -49,10 +59,10 @@ pub struct Spec {
     pub resources: Resources,
     /// Thousandths of an ECU to enforce; 0 = whole threads.
     pub ecu_milli_quota: u64,
-    /// What the guest reads as serial number of its root disk.
-    pub root_serial: String,
-    /// Size of its root disk.
-    pub root_bytes: u64,
+    /// What the root disk is made from, if it is no volume.
+    pub bundle_root: Option<v1::BundleRoot>,
+    /// EBS volumes; the first is the root volume, unless there is a `bundle_root`.
+    pub volumes: Vec<Attachment>,
     /// Instance-store disks.
     pub instance_store: Vec<InstanceStore>,
     /// NICs by index.
@@ -62,8 +72,6 @@ pub struct Spec {
 impl Spec {
     /// Checks every field that is used. Errors name the field.
     pub fn parse(spec: &v1::InstanceSpec) -> Result<Self, String> {
-        let image_id = spec.image_id.parse().map_err(|error| format!("image_id: {error}"))?;
-        let root_volume: VolumeId = spec.root_volume_id.parse().map_err(|error| format!("root_volume_id: {error}"))?;
         let resources = spec.resources.as_ref().ok_or("resources are missing")?;
         if !(1..=MAX_VCPUS).contains(&resources.vcpus) {
             return Err(format!("{} vCPUs; 1..={MAX_VCPUS} are possible", resources.vcpus));
@@ -71,16 +79,19 @@ impl Spec {
         if resources.memory_mib < MIN_MEMORY_MIB {
             return Err(format!("{} MiB of memory; at least {MIN_MEMORY_MIB} are needed", resources.memory_mib));
         }
-        if spec.image_bytes == 0
-            || spec.root_volume_bytes < spec.image_bytes
-            || !spec.root_volume_bytes.is_multiple_of(512)
-        {
-            return Err(format!(
-                "root volume of {} bytes for an image of {}; it must be a multiple of 512 and not smaller",
-                spec.root_volume_bytes, spec.image_bytes
-            ));
+        let mut sorted: Vec<&v1::AttachedVolume> = spec.volumes.iter().collect();
+        sorted.sort_by_key(|attached| attached.device_name != spec.root_device_name);
+        let volumes: Vec<Attachment> = sorted.into_iter().map(attachment).collect::<Result<_, _>>()?;
+        let at_root = spec.volumes.iter().any(|attached| attached.device_name == spec.root_device_name);
+        if let Some(bundle) = &spec.bundle_root {
+            check_serial(&bundle.serial)?;
+            if at_root || bundle.size_bytes == 0 {
+                return Err("bundle_root: it has no size, or there is a root volume too".to_owned());
+            }
+        } else if !at_root {
+            return Err(format!("volumes: none is at the root device '{}'", spec.root_device_name));
         }
-        if spec.instance_store.len() + 1 > MAX_DEVICES || spec.network_interfaces.len() > MAX_DEVICES {
+        if spec.instance_store.len() + spec.volumes.len() > MAX_DEVICES || spec.network_interfaces.len() > MAX_DEVICES {
             return Err(format!("more than {MAX_DEVICES} disks or network interfaces"));
         }
         let instance_store = spec.instance_store.iter().map(instance_store).collect::<Result<_, _>>()?;
@@ -88,7 +99,6 @@ impl Spec {
         nics.sort_by_key(|nic| nic.device_index);
         let boot = spec.boot.clone().unwrap_or_default();
         Ok(Self {
-            image: Wanted { id: image_id, sha256: spec.image_sha256.clone(), bytes: spec.image_bytes },
             boot: Override { cmdline: boot.cmdline, extra_cmdline: boot.extra_cmdline },
             instance_type: spec.instance_type.clone(),
             vcpus: u8::try_from(resources.vcpus).map_err(|error| error.to_string())?,
@@ -99,18 +109,36 @@ impl Spec {
                 instance_store_bytes: resources.instance_store_bytes,
             },
             ecu_milli_quota: spec.ecu_milli_quota,
-            root_serial: root_volume.serial(),
-            root_bytes: spec.root_volume_bytes,
+            bundle_root: spec.bundle_root.clone(),
+            volumes,
             instance_store,
             nics,
         })
     }
 }
 
-fn instance_store(disk: &v1::InstanceStoreDisk) -> Result<InstanceStore, String> {
-    if disk.serial.len() > MAX_SERIAL || !disk.serial.is_ascii() {
-        return Err(format!("serial '{}' has more than {MAX_SERIAL} bytes or is not ASCII", disk.serial));
+impl Spec {
+    /// Whether this is the root volume.
+    pub fn is_root(&self, attachment: &Attachment) -> bool {
+        self.bundle_root.is_none() && self.volumes.first().is_some_and(|root| root.id == attachment.id)
     }
+}
+
+fn attachment(attached: &v1::AttachedVolume) -> Result<Attachment, String> {
+    let volume = attached.volume.clone().ok_or("volumes: one is missing")?;
+    let id = volume.volume_id.parse().map_err(|error| format!("volumes: {error}"))?;
+    Ok(Attachment { id, volume, detach: attached.detach(), detach_attempt: attached.detach_attempt })
+}
+
+fn check_serial(serial: &str) -> Result<(), String> {
+    if serial.is_empty() || serial.len() > MAX_SERIAL || !serial.is_ascii() {
+        return Err(format!("serial '{serial}' is empty, has more than {MAX_SERIAL} bytes or is not ASCII"));
+    }
+    Ok(())
+}
+
+fn instance_store(disk: &v1::InstanceStoreDisk) -> Result<InstanceStore, String> {
+    check_serial(&disk.serial)?;
     if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
         return Err(format!("instance store '{}' of {} bytes", disk.virtual_name, disk.size_bytes));
     }
@@ -140,7 +168,7 @@ mod tests {
     #[test]
     fn a_good_spec_is_understood() {
         let parsed = Spec::parse(&spec()).unwrap();
-        assert_eq!(parsed.root_serial, "vol0123456789abcdef0");
+        assert_eq!(parsed.volumes[0].id.serial().len(), 20);
         assert_eq!(parsed.nics[0].mac, [2, 0, 0, 0, 0, 1]);
     }
 
@@ -148,12 +176,12 @@ mod tests {
     fn each_wrong_field_is_named() {
         type Change = fn(&mut v1::InstanceSpec);
         let cases: [(Change, &str); 8] = [
-            (|s| s.image_id = "x".into(), "image_id"),
-            (|s| s.root_volume_id = String::new(), "root_volume_id"),
+            (|s| s.root_device_name = "/dev/xvda".into(), "root device"),
+            (|s| s.volumes[0].volume = None, "volumes"),
             (|s| s.resources = None, "resources"),
             (|s| s.resources.as_mut().unwrap().vcpus = 33, "33 vCPUs"),
             (|s| s.resources.as_mut().unwrap().memory_mib = 1, "MiB of memory"),
-            (|s| s.root_volume_bytes = 1, "root volume of 1"),
+            (|s| s.volumes[0].volume.as_mut().unwrap().volume_id = "vol-1".into(), "volumes"),
             (|s| s.network_interfaces[0].mac_address = "01:00:00:00:00:01".into(), "MAC"),
             (|s| s.network_interfaces[0].private_ip_address = "::1".into(), "IPv4"),
         ];

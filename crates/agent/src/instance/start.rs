@@ -2,26 +2,30 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hearth_block::{OfflineVolume, VolumeFiles};
 use hearth_proto::v1;
 use hearth_types::{InstanceId, StateReason};
 use hearth_vmm::console_ring;
-use parking_lot::Mutex;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::volumes::{Slot, open_for_vmm};
 use super::{Host, Spec};
-use crate::boot::BootFilesError;
-use crate::images::{FetchError, ImageError};
-use crate::launch::{Disk, LaunchError, LaunchSpec, Limits, Vmm};
+use crate::boot::{BootFilesError, ReadAt};
+use crate::instance_store::{self, InstanceStoreError};
+use crate::launch::{Backing, Disk, DiskLimits, LaunchError, LaunchSpec, LayeredBacking, Limits, Vmm};
 use crate::net::{Metadata, NicRequest};
+use crate::storage::{BundleRootError, Placed, VolumeDisk, VolumeError, make_root, open_root};
 
 /// Bytes of console output that are kept.
 const CONSOLE_RING_BYTES: u64 = 256 << 10;
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+/// Attachment generation of root disks made from bundles: they never leave their instance.
+const ROOT_GENERATION: u64 = 1;
+/// Least time between two reports of progress.
+const TELL_EVERY: Duration = Duration::from_millis(500);
 
 /// Why an instance did not start.
 #[derive(Debug)]
@@ -48,56 +52,59 @@ pub struct Started {
     pub vmm: Box<dyn Vmm>,
     /// Bytes its console ring had seen before.
     pub console_start: u64,
-}
-
-/// Tells how far long work is, now and then.
-pub struct ProgressReport {
-    host: Arc<Host>,
-    id: InstanceId,
-    step: &'static str,
-    last: Mutex<Option<Instant>>,
-}
-
-impl ProgressReport {
-    pub fn new(host: &Arc<Host>, id: &InstanceId, step: &'static str) -> Self {
-        Self { host: host.clone(), id: id.clone(), step, last: Mutex::new(None) }
-    }
-
-    pub fn tell(&self, done: u64, total: u64) {
-        let mut last = self.last.lock();
-        if done < total && last.is_some_and(|last| last.elapsed() < PROGRESS_EVERY) {
-            return;
-        }
-        *last = Some(Instant::now());
-        if let Some(report) = self.host.reports.get(&self.id) {
-            let progress = v1::Progress { done_bytes: done, total_bytes: total, step: self.step.to_owned() };
-            self.host.reports.publish(&self.id, v1::InstanceReport { progress: Some(progress), ..report });
-        }
-    }
+    /// Its volumes.
+    pub slots: Vec<Slot>,
 }
 
 /// Everything that a start has to wait for.
 pub struct Ready {
-    /// What the root volume is to be made from, unless it is there.
-    image: Option<PathBuf>,
+    /// Volumes, the root first.
+    volumes: Vec<Placed>,
     /// The instance's turn.
     _turn: OwnedSemaphorePermit,
 }
 
-/// Waits for the image and for the instance's turn. May be given up at any time.
+/// Waits for the volumes' bases and for the instance's turn. May be given up at any time.
 pub async fn ready(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Ready, StartError> {
-    let image = if host.layout.root_disk(id).exists() { None } else { Some(fetch_image(host, id, spec).await?) };
+    let mut volumes = Vec::new();
+    for attachment in spec.volumes.iter().filter(|attachment| attachment.detach == v1::DetachWish::Unspecified) {
+        volumes.push(host.volumes.place(&attachment.volume).await.map_err(|error| volume_failed(&error))?);
+    }
+    if let Some(bundle) = &spec.bundle_root {
+        bring_root(host, id, bundle).await?;
+    } else if volumes.is_empty() {
+        let reason = format!("{id} has no root volume");
+        return Err(StartError::Permanent(StateReason::new(StateReason::INTERNAL_ERROR, reason)));
+    }
     let turn = host.starts.clone().acquire_owned().await;
-    Ok(Ready { image, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })
+    Ok(Ready { volumes, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })
 }
 
-async fn fetch_image(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<PathBuf, StartError> {
-    let progress = ProgressReport::new(host, id, "fetching the image");
-    match host.images.ensure(&spec.image, &|done, total| progress.tell(done, total)).await {
-        Ok(path) => Ok(path),
-        Err(ImageError::Fetch(FetchError::Unreachable(reason))) => Err(StartError::Waiting(reason)),
-        Err(error) if error.is_transient() => Err(StartError::internal(error.to_string())),
-        Err(error) => Err(StartError::Permanent(StateReason::new(StateReason::INVALID_IMAGE, error.to_string()))),
+/// Makes the root disk from its bundle.
+async fn bring_root(host: &Arc<Host>, id: &InstanceId, bundle: &v1::BundleRoot) -> Result<(), StartError> {
+    let (reports, instance) = (host.reports.clone(), id.clone());
+    let step = "fetching the bundle";
+    let last = parking_lot::Mutex::new(None::<Instant>);
+    let progress = Arc::new(move |done_bytes: u64, total_bytes: u64| {
+        let mut last = last.lock();
+        if last.is_none_or(|last| last.elapsed() >= TELL_EVERY) {
+            *last = Some(Instant::now());
+            reports.progress(&instance, v1::Progress { done_bytes, total_bytes, step: step.to_owned() });
+        }
+    });
+    let objects = host.volumes.bases().objects();
+    make_root(objects.as_ref(), bundle, &host.layout.bundle_root(id), progress).await.map_err(|error| match &error {
+        BundleRootError::Storage { source, .. } if source.is_transient() => StartError::Waiting(error.to_string()),
+        error if error.is_transient() => StartError::internal(error.to_string()),
+        error => StartError::Permanent(StateReason::new(StateReason::INVALID_IMAGE, error.to_string())),
+    })
+}
+
+fn volume_failed(error: &VolumeError) -> StartError {
+    match error {
+        VolumeError::Base(base) if base.is_transient() => StartError::Waiting(error.to_string()),
+        error if error.is_transient() => StartError::internal(error.to_string()),
+        error => StartError::Permanent(StateReason::new(StateReason::INTERNAL_ERROR, error.to_string())),
     }
 }
 
@@ -112,9 +119,10 @@ pub async fn start(
 ) -> Result<Started, StartError> {
     let (work_host, work_id, work_spec) = (host.clone(), id.clone(), spec.clone());
     host.step("before making disks").await;
-    let image = ready.image.clone();
-    let prepared = tokio::task::spawn_blocking(move || prepare(&work_host, &work_id, &work_spec, image)).await;
-    let (boot, disks, console_ring, console_start) =
+    let runtime = tokio::runtime::Handle::current();
+    let prepared =
+        tokio::task::spawn_blocking(move || prepare(&work_host, &work_id, &work_spec, &ready.volumes, runtime)).await;
+    let Prepared { boot, disks, slots, console_ring, console_start } =
         prepared.map_err(|error| StartError::internal(format!("internal error: {error}")))??;
     host.step("after making disks").await;
     let metadata = metadata(host, id, spec, wire);
@@ -147,7 +155,7 @@ pub async fn start(
         error => StartError::internal(error.to_string()),
     })?;
     host.step("after launching").await;
-    Ok(Started { vmm, console_start })
+    Ok(Started { vmm, console_start, slots })
 }
 
 /// What the network answers for the instance.
@@ -162,30 +170,72 @@ pub fn metadata(host: &Host, id: &InstanceId, spec: &Spec, wire: &v1::InstanceSp
     Metadata { instance_id: id.clone(), nics: spec.nics.iter().map(request).collect(), spec: wire.clone() }
 }
 
-type Prepared = (crate::launch::BootFiles, Vec<Disk>, std::fs::File, u64);
+struct Prepared {
+    boot: crate::launch::BootFiles,
+    disks: Vec<Disk>,
+    slots: Vec<Slot>,
+    console_ring: std::fs::File,
+    console_start: u64,
+}
 
-fn prepare(host: &Arc<Host>, id: &InstanceId, spec: &Spec, image: Option<PathBuf>) -> Result<Prepared, StartError> {
+fn prepare(
+    host: &Arc<Host>,
+    id: &InstanceId,
+    spec: &Spec,
+    volumes: &[Placed],
+    runtime: tokio::runtime::Handle,
+) -> Result<Prepared, StartError> {
     let layout = &host.layout;
-    let volume_failed = |error: crate::volumes::VolumeError| StartError::internal(error.to_string());
-    let root = layout.root_disk(id);
-    if let Some(image) = image {
-        let progress = ProgressReport::new(host, id, "copying the image to the root volume");
-        let tell = |done, total| progress.tell(done, total);
-        host.volumes.create_root(&image, &root, spec.root_bytes, &tell).map_err(volume_failed)?;
-    }
-    let mut disks =
-        vec![Disk { serial: spec.root_serial.clone(), file: host.volumes.open(&root).map_err(volume_failed)? }];
-    for (index, disk) in spec.instance_store.iter().enumerate() {
-        let path = layout.ephemeral_disk(id, index);
-        host.volumes.create_empty(&path, disk.bytes).map_err(volume_failed)?;
-        disks.push(Disk { serial: disk.serial.clone(), file: host.volumes.open(&path).map_err(volume_failed)? });
-    }
-    let boot = host.boot.load(&root, &spec.boot).map_err(|error| match error {
+    // Opened for as long as discovery reads it; the VMM opens it again.
+    let bundle_failed = |error: BundleRootError| StartError::internal(error.to_string());
+    let (name, disk) = match (&spec.bundle_root, volumes.first()) {
+        (Some(_), _) => {
+            let files = open_root(&layout.bundle_root(id)).map_err(bundle_failed)?;
+            let offline =
+                OfflineVolume::open(files, ROOT_GENERATION).map_err(|e| StartError::internal(e.to_string()))?;
+            (id.as_str(), VolumeDisk::new(offline, None, runtime))
+        }
+        (None, Some(root)) => {
+            let offline = root.open_offline().map_err(|error| volume_failed(&error))?;
+            (root.id.as_str(), VolumeDisk::new(offline, root.base.clone(), runtime))
+        }
+        (None, None) => return Err(StartError::internal("no root volume")),
+    };
+    let disk = Arc::new(disk);
+    let found = host.boot.load_from(&(disk.clone() as Arc<dyn ReadAt>), name, &spec.boot, || disk.take_failure());
+    let boot = found.map_err(|error| match error {
         BootFilesError::Image(error) => StartError::Unbootable(error.to_string()),
         error => StartError::internal(error.to_string()),
     })?;
-    let (ring, seen) = open_console_ring(&layout.console_ring(id)).map_err(StartError::Transient)?;
-    Ok((boot, disks, ring, seen))
+    drop(disk);
+    let (mut disks, mut slots) = (Vec::new(), Vec::new());
+    if let Some(bundle) = &spec.bundle_root {
+        let files = open_root(&layout.bundle_root(id)).map_err(bundle_failed)?;
+        disks.push(root_disk(bundle, files).map_err(StartError::Transient)?);
+    }
+    for placed in volumes {
+        let (disk, slot) = open_for_vmm(placed).map_err(|error| volume_failed(&error))?;
+        disks.push(disk);
+        slots.push(slot);
+    }
+    let store_failed = |error: InstanceStoreError| StartError::internal(error.to_string());
+    for (index, disk) in spec.instance_store.iter().enumerate() {
+        let path = layout.ephemeral_disk(id, index);
+        instance_store::create(&path, disk.bytes).map_err(store_failed)?;
+        let file = instance_store::open(&path).map_err(store_failed)?;
+        disks.push(Disk { serial: disk.serial.clone(), backing: Backing::Raw(file) });
+    }
+    let (console_ring, console_start) = open_console_ring(&layout.console_ring(id)).map_err(StartError::Transient)?;
+    Ok(Prepared { boot, disks, slots, console_ring, console_start })
+}
+
+/// The root disk that was made from a bundle, for a VMM.
+fn root_disk(bundle: &v1::BundleRoot, files: VolumeFiles) -> Result<Disk, String> {
+    // Nothing of it is ever fetched, so nobody rings.
+    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| format!("eventfd: {errno}"))?;
+    let limits = DiskLimits { iops: 0, bytes_per_second: 0 };
+    let backing = LayeredBacking { files, wake: wake.into(), generation: ROOT_GENERATION, limits };
+    Ok(Disk { serial: bundle.serial.clone(), backing: Backing::Layered(Box::new(backing)) })
 }
 
 /// The ring outlives reboots and stops; one that is damaged is made anew.

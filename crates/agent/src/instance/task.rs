@@ -5,14 +5,18 @@ use std::time::Duration;
 
 use hearth_proto::v1::{self, DesiredInstance, InstanceReport, ObservedState, RunState};
 use hearth_types::{InstanceId, StateReason};
+use hearth_vmm::control::protocol::Event;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::restart::{Next, Restarts};
 use super::start::{StartError, console_total, metadata, ready, start};
+use super::volumes::Slots;
 use super::{Host, Spec};
-use crate::launch::{Found, Vmm, VmmEnd};
+use crate::instance_store::{self, InstanceStoreError};
+use crate::launch::{DiskControl, DiskEvents, Found, Vmm, VmmEnd, disk_queues};
 use crate::state::{Hold, InstanceRecord, Phase};
+use crate::storage::Running;
 
 /// How often a guest that has not answered yet is looked at.
 const LOOK_FOR_ANSWER: Duration = Duration::from_secs(1);
@@ -38,6 +42,7 @@ enum Goal {
 enum Woken {
     End(VmmEnd),
     Wish,
+    Disk(Event),
     Time,
 }
 
@@ -49,6 +54,10 @@ pub struct InstanceTask {
     spec: Result<Spec, String>,
     wishes: Wishes,
     vmm: Option<Box<dyn Vmm>>,
+    events: Option<DiskEvents>,
+    slots: Slots,
+    /// Volumes are not as wanted yet.
+    volumes_pending: bool,
     started: Instant,
     restarts: Restarts,
     start_failures: u32,
@@ -68,6 +77,9 @@ impl InstanceTask {
             spec,
             wishes,
             vmm: None,
+            events: None,
+            slots: Slots::default(),
+            volumes_pending: false,
             started: Instant::now(),
             restarts: Restarts::default(),
             start_failures: 0,
@@ -198,6 +210,10 @@ impl InstanceTask {
                 observed_reboot_generation: self.record.observed_reboot_generation,
                 guest_responded: self.responded && state == ObservedState::Running,
                 boot_count: self.record.boot_count,
+                volumes: self
+                    .spec
+                    .as_ref()
+                    .map_or(Vec::new(), |spec| self.slots.reports(self.vmm.is_some(), &spec.volumes)),
                 ..InstanceReport::default()
             },
         );
@@ -209,7 +225,21 @@ impl InstanceTask {
         match self.host.launcher.find(&self.id, was_running).await.map_err(|error| error.to_string())? {
             Found::Running(vmm) => {
                 tracing::info!(instance = %self.id, "adopted the running VMM");
+                let mut vmm = vmm;
+                self.events = vmm.take_events();
+                let disks = vmm.disks();
                 self.vmm = Some(vmm);
+                if let Ok(spec) = &self.spec {
+                    self.slots.adopt(&self.host.volumes, &spec.volumes, &disks).await;
+                    self.volumes_pending = true;
+                    let running = running(spec, disks);
+                    if let Some((serial, _)) = &running.bundle_root
+                        && let Err(error) = running.disks.thaw(serial, true).await
+                    {
+                        tracing::debug!(instance = %self.id, %error, "ending a freeze");
+                    }
+                    self.host.snapshots.running(&self.id, running);
+                }
                 self.started = Instant::now();
                 if let Ok(spec) = &self.spec {
                     self.host.admission.book(&self.id, spec.resources);
@@ -299,8 +329,12 @@ impl InstanceTask {
             }
         };
         match started {
-            Ok(started) => {
+            Ok(mut started) => {
+                self.events = started.vmm.take_events();
+                self.host.snapshots.running(&self.id, running(&spec, started.vmm.disks()));
                 self.vmm = Some(started.vmm);
+                self.slots.begin(started.slots);
+                self.volumes_pending = true;
                 self.started = Instant::now();
                 self.start_failures = 0;
                 self.waiting_for = None;
@@ -380,11 +414,17 @@ impl InstanceTask {
                     // Nobody will wish any more: the agent ends.
                     Err(_) => std::future::pending().await,
                 },
+                event = next_event(&mut self.events) => Woken::Disk(event),
                 () = sleep_until(until) => Woken::Time,
             }
         };
-        match woken {
-            Woken::End(_) => self.vmm = None,
+        match &woken {
+            Woken::End(_) => self.no_vmm(),
+            Woken::Disk(event) => {
+                self.slots.hear(event);
+                self.volumes_pending = true;
+                self.publish();
+            }
             Woken::Wish => {
                 self.take_wish().await;
                 self.publish();
@@ -400,14 +440,29 @@ impl InstanceTask {
             if self.record.desired.reboot_generation > self.record.observed_reboot_generation {
                 return self.reboot().await;
             }
-            let until = if self.responded { Duration::from_secs(3600) } else { LOOK_FOR_ANSWER };
+            if self.volumes_pending {
+                self.approach_volumes().await;
+            }
+            let quiet = self.responded && !self.volumes_pending;
+            let until = if quiet { Duration::from_secs(3600) } else { LOOK_FOR_ANSWER };
             match self.wait(Instant::now() + until).await {
                 Woken::End(end) => return self.handle_end(end).await,
-                Woken::Wish => {}
+                Woken::Wish => self.volumes_pending = true,
+                Woken::Disk(_) => {}
                 Woken::Time if !self.responded => self.look_for_answer(),
                 Woken::Time => {}
             }
         }
+    }
+
+    /// Attaches, detaches and changes volumes of the running guest.
+    async fn approach_volumes(&mut self) {
+        let (Some(vmm), Ok(spec)) = (&self.vmm, &self.spec) else { return };
+        let disks = vmm.disks();
+        let queues = disk_queues(spec.vcpus);
+        self.volumes_pending =
+            self.slots.approach(&spec.volumes, &self.host.volumes, &disks, queues, |slot| spec.is_root(slot)).await;
+        self.publish();
     }
 
     fn look_for_answer(&mut self) {
@@ -428,8 +483,16 @@ impl InstanceTask {
         self.end_vmm(self.host.stop_timeout).await;
     }
 
-    async fn handle_end(&mut self, end: VmmEnd) {
+    /// The VMM is gone, and with it all that it had open.
+    fn no_vmm(&mut self) {
         self.vmm = None;
+        self.events = None;
+        self.slots.end();
+        self.host.snapshots.ended(&self.id);
+    }
+
+    async fn handle_end(&mut self, end: VmmEnd) {
+        self.no_vmm();
         self.responded = false;
         if self.record.rebooting_to.is_some() || self.goal() != Goal::Run {
             return;
@@ -487,7 +550,7 @@ impl InstanceTask {
             vmm.kill().await;
             vmm.wait().await;
         }
-        self.vmm = None;
+        self.no_vmm();
     }
 
     /// Ends what runs, deletes what does not outlive a stop.
@@ -510,11 +573,13 @@ impl InstanceTask {
         self.enter(Phase::Stopped).await;
     }
 
-    async fn delete_instance_store(&self) -> Result<(), crate::volumes::VolumeError> {
+    async fn delete_instance_store(&self) -> Result<(), InstanceStoreError> {
         let disks = self.spec.as_ref().map_or(0, |spec| spec.instance_store.len());
         let (host, id) = (self.host.clone(), self.id.clone());
-        blocking(move || (0..disks).try_for_each(|index| host.volumes.delete(&host.layout.ephemeral_disk(&id, index))))
-            .await
+        blocking(move || {
+            (0..disks).try_for_each(|index| instance_store::delete(&host.layout.ephemeral_disk(&id, index)))
+        })
+        .await
     }
 
     /// Removes cgroup and sockets; goes on trying, since the next VMM needs both.
@@ -565,6 +630,18 @@ impl InstanceTask {
     }
 }
 
+/// The next thing that a VMM tells of its disks.
+async fn next_event(events: &mut Option<DiskEvents>) -> Event {
+    match events {
+        Some(receiver) => match receiver.recv().await {
+            Some(event) => event,
+            // The connection is over, and the VMM with it: that is noticed by its end.
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
 /// Runs file work off the runtime's own threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
@@ -572,6 +649,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         // The runtime ends, and this task with it.
         Err(_) => std::future::pending().await,
     }
+}
+
+/// A running VMM as snapshots and bundles need to know it.
+fn running(spec: &Spec, disks: Arc<dyn DiskControl>) -> Running {
+    let bundle_root = spec.bundle_root.as_ref().map(|bundle| (bundle.serial.clone(), bundle.size_bytes));
+    Running { disks, bundle_root }
 }
 
 fn parse(desired: &DesiredInstance) -> Result<Spec, String> {

@@ -14,14 +14,20 @@ use async_trait::async_trait;
 use hearth_types::InstanceId;
 use hearth_vmm::control::client::Client;
 use hearth_vmm::control::protocol::{
-    BootSpec, Command, ConsoleSpec, DiskBacking, DiskSpec, FdIndex, MachineSpec, MachineState, NicSpec, Outcome,
+    BootSpec, Command, ConsoleSpec, FreezeSpec, MachineSpec, MachineState, NicSpec, Outcome,
 };
 use hearth_vmm::control::socket::listen_at;
+use tokio::sync::mpsc;
 
+use super::conversation::Conversation;
+use super::disks::Fds;
 use super::jail::Program;
 use super::process::{Process, end_of, exit_code, open_pidfd};
 use super::spawn::{Spawn, spawn};
-use super::{Cgroups, Found, LaunchError, LaunchSpec, Vmm, VmmEnd, VmmLauncher};
+use super::{
+    Cgroups, Disk, DiskControl, DiskEvents, DiskLimits, Found, FreezeDisk, LaunchError, LaunchSpec, Vmm, VmmEnd,
+    VmmLauncher,
+};
 use crate::state::Layout;
 
 /// How long a VMM may take for an ordinary answer.
@@ -30,6 +36,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 const BUILD: Duration = Duration::from_secs(120);
 /// How long after `Kill` until SIGKILL.
 const OBEY_KILL: Duration = Duration::from_secs(5);
+/// How long fixing a point in time may take: writes in flight have to end.
+const FREEZE: Duration = Duration::from_secs(15);
 /// Largest log of one VMM; what it writes beyond is cut at its next start.
 const MAX_LOG_BYTES: u64 = 1 << 20;
 
@@ -81,10 +89,76 @@ async fn blocking<T: Send + 'static>(
 }
 
 struct KvmVmm {
-    shared: Arc<Shared>,
-    instance: InstanceId,
     process: Process,
     lock: File,
+    talk: Arc<Disks>,
+    events: Option<DiskEvents>,
+}
+
+/// The connection of a VMM, as its disks' control.
+struct Disks(Conversation);
+
+impl Disks {
+    async fn order(&self, command: Command, fds: Vec<OwnedFd>) -> Result<(), LaunchError> {
+        match self.0.call(command, fds, ANSWER).await? {
+            Outcome::Done => Ok(()),
+            other => Err(LaunchError::Vmm(format!("unexpected answer {other:?}"))),
+        }
+    }
+}
+
+#[async_trait]
+impl DiskControl for Disks {
+    async fn attach(&self, disk: Disk, queues: u16) -> Result<(), LaunchError> {
+        let mut fds = Fds::default();
+        let spec = fds.disk(disk, queues);
+        self.order(Command::AttachDisk(Box::new(spec)), fds.0).await
+    }
+
+    async fn detach(&self, serial: &str, force: bool) -> Result<(), LaunchError> {
+        self.order(Command::DetachDisk { serial: serial.to_owned(), force }, Vec::new()).await
+    }
+
+    async fn resize(&self, serial: &str, bytes: u64) -> Result<(), LaunchError> {
+        self.order(Command::ResizeDisk { serial: serial.to_owned(), bytes }, Vec::new()).await
+    }
+
+    async fn limit(&self, serial: &str, limits: DiskLimits) -> Result<(), LaunchError> {
+        self.order(Command::SetDiskLimits { serial: serial.to_owned(), limits }, Vec::new()).await
+    }
+
+    async fn freeze(&self, disks: Vec<FreezeDisk>) -> Result<Vec<u64>, LaunchError> {
+        let mut fds = Fds::default();
+        let add = |disk: FreezeDisk| FreezeSpec {
+            serial: disk.serial,
+            stage: fds.add(disk.stage),
+            staged: fds.add(disk.staged),
+        };
+        let disks = disks.into_iter().map(add).collect();
+        match self.0.call(Command::Freeze { disks }, fds.0, FREEZE).await? {
+            Outcome::Frozen { chunks } => Ok(chunks),
+            other => Err(LaunchError::Vmm(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn stage(&self, serial: &str, chunks: Vec<u64>) -> Result<(), LaunchError> {
+        self.order(Command::StageChunks { serial: serial.to_owned(), chunks }, Vec::new()).await
+    }
+
+    async fn chunks_came(&self, serial: &str) -> Result<(), LaunchError> {
+        self.order(Command::ChunksCame { serial: serial.to_owned() }, Vec::new()).await
+    }
+
+    async fn serials(&self) -> Result<Vec<String>, LaunchError> {
+        match self.0.call(Command::Stats, Vec::new(), ANSWER).await? {
+            Outcome::Stats(stats) => Ok(stats.disks.into_iter().map(|disk| disk.serial).collect()),
+            other => Err(LaunchError::Vmm(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn thaw(&self, serial: &str, restore_dirty: bool) -> Result<(), LaunchError> {
+        self.order(Command::Thaw { serial: serial.to_owned(), restore_dirty }, Vec::new()).await
+    }
 }
 
 impl Shared {
@@ -154,45 +228,35 @@ impl Shared {
         Ok((child, self.open_lock(instance)?))
     }
 
-    fn create_and_start(&self, spec: &LaunchSpec) -> Result<(), LaunchError> {
+    /// Tells the new process what to be. The connection is kept.
+    fn create_and_start(&self, spec: LaunchSpec) -> Result<Client, LaunchError> {
         let console = self.layout.console_socket(&spec.instance_id);
         remove_socket(&console)?;
         let listener = std::os::unix::net::UnixListener::bind(&short_path(&console)?.path)
             .map_err(LaunchError::host(format!("listening on {}", console.display())))?;
-        let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
-        let mut add = |fd| {
-            fds.push(fd);
-            (fds.len() - 1) as FdIndex
-        };
+        let mut fds = Fds::default();
+        let copied = |file: &File| file.try_clone().map_err(LaunchError::host("copying a descriptor"));
+        let queues = disk_queues(spec.vcpus);
         let machine = MachineSpec {
             instance_id: spec.instance_id.to_string(),
             uuid: machine_uuid(&spec.instance_id),
-            instance_type: spec.instance_type.clone(),
+            instance_type: spec.instance_type,
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             boot: BootSpec {
-                kernel: add(spec.boot.kernel.as_fd()),
-                initrd: spec.boot.initrd.as_ref().map(|initrd| add(initrd.as_fd())),
-                cmdline: spec.boot.cmdline.clone(),
+                kernel: fds.add(spec.boot.kernel),
+                initrd: spec.boot.initrd.map(|initrd| fds.add(initrd)),
+                cmdline: spec.boot.cmdline,
             },
-            disks: spec
-                .disks
-                .iter()
-                .map(|disk| DiskSpec {
-                    serial: disk.serial.clone(),
-                    backing: DiskBacking::Raw { file: add(disk.file.as_fd()) },
-                    read_only: false,
-                    queues: u16::from(spec.vcpus).clamp(1, 4),
-                })
-                .collect(),
+            disks: spec.disks.into_iter().map(|disk| fds.disk(disk, queues)).collect(),
             nics: spec
                 .nics
-                .iter()
-                .map(|nic| NicSpec { mac: nic.mac, mtu: nic.mtu, tap: add(nic.tap.as_fd()) })
+                .into_iter()
+                .map(|nic| NicSpec { mac: nic.mac, mtu: nic.mtu, tap: fds.add(nic.tap) })
                 .collect(),
-            console: ConsoleSpec { ring: add(spec.console_ring.as_fd()), listener: add(listener.as_fd()) },
-            kvm: add(self.kvm.as_fd()),
-            rng: Some(add(self.random.as_fd())),
+            console: ConsoleSpec { ring: fds.add(spec.console_ring), listener: fds.add(listener) },
+            kvm: fds.add(copied(&self.kvm)?),
+            rng: Some(fds.add(copied(&self.random)?)),
         };
         let (mut client, _) = self.connect(&spec.instance_id)?;
         let mut call = |command, fds: &[BorrowedFd<'_>], time| match client.call(command, fds, time) {
@@ -200,9 +264,34 @@ impl Shared {
             Ok(other) => Err(LaunchError::Vmm(format!("unexpected answer {other:?}"))),
             Err(error) => Err(LaunchError::Vmm(error.to_string())),
         };
-        call(Command::Create(Box::new(machine)), &fds, BUILD)?;
-        call(Command::Start, &[], ANSWER)
+        let borrowed: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
+        call(Command::Create(Box::new(machine)), &borrowed, BUILD)?;
+        call(Command::Start, &[], ANSWER)?;
+        Ok(client)
     }
+
+    /// Goes on talking to a VMM over a connection.
+    fn converse(
+        self: &Arc<Self>,
+        instance: &InstanceId,
+        client: Option<Client>,
+        process: Process,
+        lock: File,
+    ) -> Result<KvmVmm, LaunchError> {
+        let (sender, events) = mpsc::unbounded_channel();
+        let (shared, id) = (self.clone(), instance.clone());
+        let connect = Box::new(move || {
+            // Without a socket there is no VMM any more.
+            shared.layout.control_socket(&id).exists().then(|| shared.connect(&id).map(|(client, _)| client))
+        });
+        let talk = Conversation::begin(instance.as_str(), client, connect, sender)?;
+        Ok(KvmVmm { process, lock, talk: Arc::new(Disks(talk)), events: Some(events) })
+    }
+}
+
+/// Request queues of a disk.
+pub fn disk_queues(vcpus: u8) -> u16 {
+    u16::from(vcpus).clamp(1, 4)
 }
 
 #[async_trait]
@@ -215,13 +304,15 @@ impl VmmLauncher for KvmLauncher {
         tracing::debug!(%instance, pid = child.pid, "hearth-vmm started");
         let process = Process::new(child.pidfd).map_err(LaunchError::host("watching the VMM"))?;
         let shared = self.shared.clone();
-        if let Err(error) = blocking(move || shared.create_and_start(&spec)).await {
-            process.kill();
-            let end = process.wait(&lock).await;
-            let log = self.last_words(&instance);
-            return Err(LaunchError::Vmm(format!("{error}; it ended as {end:?}{log}")));
+        match blocking(move || shared.create_and_start(spec)).await {
+            Ok(client) => Ok(Box::new(self.shared.converse(&instance, Some(client), process, lock)?)),
+            Err(error) => {
+                process.kill();
+                let end = process.wait(&lock).await;
+                let log = self.last_words(&instance);
+                Err(LaunchError::Vmm(format!("{error}; it ended as {end:?}{log}")))
+            }
         }
-        Ok(Box::new(KvmVmm { shared: self.shared.clone(), instance, process, lock }))
     }
 
     async fn find(&self, instance: &InstanceId, was_running: bool) -> Result<Found, LaunchError> {
@@ -234,9 +325,11 @@ impl VmmLauncher for KvmLauncher {
             }
             let process = Process::new(pidfd).map_err(LaunchError::host("watching the VMM"))?;
             let (shared, id) = (self.shared.clone(), instance.clone());
-            let adopt = match blocking(move || shared.connect(&id).map(|(_, peer)| peer)).await {
-                Ok(peer) => {
+            let mut client = None;
+            let adopt = match blocking(move || shared.connect(&id)).await {
+                Ok((connected, peer)) => {
                     tracing::debug!(%instance, pid, ?peer, "found a VMM");
+                    client = Some(connected);
                     peer.instance_id == instance.as_str()
                         && matches!(peer.state, MachineState::Running | MachineState::Paused)
                 }
@@ -247,8 +340,8 @@ impl VmmLauncher for KvmLauncher {
                 }
             };
             if adopt {
-                let shared = self.shared.clone();
-                return Ok(Found::Running(Box::new(KvmVmm { shared, instance: instance.clone(), process, lock })));
+                let vmm = self.shared.converse(instance, client, process, lock)?;
+                return Ok(Found::Running(Box::new(vmm)));
             }
             tracing::info!(%instance, pid, "ending a VMM whose guest was never started");
             process.kill();
@@ -291,27 +384,23 @@ impl Vmm for KvmVmm {
     }
 
     async fn power_button(&self) -> Result<(), LaunchError> {
-        let (shared, instance) = (self.shared.clone(), self.instance.clone());
-        blocking(move || {
-            let (mut client, _) = shared.connect(&instance)?;
-            client.call(Command::PowerButton, &[], ANSWER).map_err(|error| LaunchError::Vmm(error.to_string()))?;
-            Ok(())
-        })
-        .await
+        self.talk.order(Command::PowerButton, Vec::new()).await
     }
 
     async fn kill(&self) {
-        let (shared, instance) = (self.shared.clone(), self.instance.clone());
-        let asked = blocking(move || {
-            let (mut client, _) = shared.connect(&instance)?;
-            client.call(Command::Kill, &[], OBEY_KILL).map_err(|error| LaunchError::Vmm(error.to_string()))?;
-            Ok(())
-        })
-        .await;
+        let asked = self.talk.0.call(Command::Kill, Vec::new(), OBEY_KILL).await;
         if asked.is_ok() && tokio::time::timeout(OBEY_KILL, self.process.wait(&self.lock)).await.is_ok() {
             return;
         }
         self.process.kill();
+    }
+
+    fn disks(&self) -> Arc<dyn DiskControl> {
+        self.talk.clone()
+    }
+
+    fn take_events(&mut self) -> Option<DiskEvents> {
+        self.events.take()
     }
 }
 

@@ -1,6 +1,8 @@
 //! Starting, finding again and ending VMM processes.
 
 mod cgroup;
+mod conversation;
+mod disks;
 mod jail;
 mod kvm;
 mod process;
@@ -15,7 +17,8 @@ use hearth_types::InstanceId;
 use thiserror::Error;
 
 pub use cgroup::{CgroupError, Cgroups, Limits};
-pub use kvm::KvmLauncher;
+pub use disks::{Backing, Disk, DiskControl, DiskEvents, DiskLimits, FreezeDisk, LayeredBacking};
+pub use kvm::{KvmLauncher, disk_queues};
 
 /// How a VMM process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,15 +35,6 @@ pub enum VmmEnd {
     Failed(i32),
     /// It vanished without an exit code: killed from outside (SIGKILL, out of memory).
     Died,
-}
-
-/// One disk to give to a VMM.
-#[derive(Debug)]
-pub struct Disk {
-    /// What the guest reads as serial number.
-    pub serial: String,
-    /// Opened read-write.
-    pub file: File,
 }
 
 /// One NIC to give to a VMM.
@@ -143,6 +137,10 @@ pub trait Vmm: Send + Sync {
     async fn power_button(&self) -> Result<(), LaunchError>;
     /// Ends it, whatever the guest does; disks are flushed if it still listens. [`Vmm::wait`] tells when it is gone.
     async fn kill(&self);
+    /// Its disks, for whoever works on them while somebody else waits for its end.
+    fn disks(&self) -> Arc<dyn DiskControl>;
+    /// What it tells of its disks. Once.
+    fn take_events(&mut self) -> Option<DiskEvents>;
 }
 
 /// Makes VMMs. The only implementation outside of tests is [`KvmLauncher`].

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_proto::v1::agent_service_client::AgentServiceClient;
+use hearth_proto::v1::object_service_client::ObjectServiceClient;
 use hearth_types::CONTROL_SERVER_NAME;
 use hyper_util::rt::TokioIo;
 use rustls::client::WebPkiServerVerifier;
@@ -27,9 +28,29 @@ const HANDSHAKE: Duration = Duration::from_secs(30);
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(15));
 /// Largest message taken: everything that a host with thousands of instances should have.
 const MAX_MESSAGE: usize = 256 << 20;
+/// Largest message with an object: chunks have 512 KiB, prefetch lists and roots a few MiB at most.
+const MAX_OBJECT: usize = 64 << 20;
 
-/// Calls to the control plane.
+/// Calls to the control plane's agent service.
 pub type Client = AgentServiceClient<Channel>;
+/// Calls to its object service.
+pub type ObjectClient = ObjectServiceClient<Channel>;
+
+/// A connection to the control plane.
+#[derive(Clone, Debug)]
+pub struct Connection(Channel);
+
+impl Connection {
+    /// For calls of the agent service.
+    pub fn agent(&self) -> Client {
+        Client::new(self.0.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// For calls of the object service.
+    pub fn objects(&self) -> ObjectClient {
+        ObjectClient::new(self.0.clone()).max_decoding_message_size(MAX_OBJECT).max_encoding_message_size(MAX_OBJECT)
+    }
+}
 
 /// TLS with this host's certificate, towards servers of its own cluster only.
 pub fn mutual(identity: &Identity) -> Result<Arc<ClientConfig>, LinkError> {
@@ -112,13 +133,11 @@ impl ServerCertVerifier for PinnedAuthority {
 }
 
 /// Connects to the first endpoint that answers.
-pub async fn connect(endpoints: &[String], tls: &Arc<ClientConfig>) -> Result<Client, LinkError> {
+pub async fn connect(endpoints: &[String], tls: &Arc<ClientConfig>) -> Result<Connection, LinkError> {
     let mut last = LinkError::NotEnrolled;
     for endpoint in endpoints {
         match connect_one(endpoint, tls.clone()).await {
-            Ok(channel) => {
-                return Ok(Client::new(channel).max_decoding_message_size(MAX_MESSAGE));
-            }
+            Ok(channel) => return Ok(Connection(channel)),
             Err(reason) => last = LinkError::Connect { endpoint: endpoint.clone(), reason },
         }
     }

@@ -35,7 +35,7 @@ fn call<T>(message: T) -> tonic::Request<T> {
 /// Trades a join token for an identity.
 pub async fn enroll(endpoints: &[String], token: &JoinToken, host_name: &str) -> Result<Identity, LinkError> {
     let tls = pinned(token.ca_sha256)?;
-    let mut client = connect(endpoints, &tls).await?;
+    let mut client = connect(endpoints, &tls).await?.agent();
     let Request { key, csr } = request()?;
     let message =
         EnrollRequest { token: token.reveal(), certificate_request: csr.into(), host_name: host_name.to_owned() };

@@ -6,17 +6,15 @@ mod enroll;
 mod identity;
 mod pause;
 mod session;
-mod source;
 
 use parking_lot::Mutex;
 use thiserror::Error;
 
-pub use connect::{Client, connect, mutual};
+pub use connect::{Client, Connection, ObjectClient, connect, mutual};
 pub use enroll::{enroll, renew, renewal_due};
 pub use identity::Identity;
 pub use pause::Pause;
 pub use session::{Announcement, Session};
-pub use source::ControlImages;
 
 /// Why the control plane cannot be talked to.
 #[derive(Debug, Error)]
@@ -82,17 +80,22 @@ impl LinkError {
 /// The connection that is up now, for calls beside the session.
 #[derive(Default)]
 pub struct Link {
-    client: Mutex<Option<Client>>,
+    connection: Mutex<Option<Connection>>,
 }
 
 impl Link {
-    /// The present connection.
+    /// The agent service over the present connection.
     pub fn client(&self) -> Option<Client> {
-        self.client.lock().clone()
+        self.connection.lock().as_ref().map(Connection::agent)
     }
 
-    pub(crate) fn set(&self, client: Option<Client>) {
-        *self.client.lock() = client;
+    /// The object service over the present connection.
+    pub fn objects(&self) -> Option<ObjectClient> {
+        self.connection.lock().as_ref().map(Connection::objects)
+    }
+
+    pub(crate) fn set(&self, connection: Option<Connection>) {
+        *self.connection.lock() = connection;
     }
 }
 

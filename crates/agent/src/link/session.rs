@@ -1,20 +1,22 @@
 //! The session: desired state down, reports up.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_proto::v1::{
-    AgentHello, AgentMessage, ConsoleOutputReport, ControlMessage, Heartbeat, InstanceReport, OpenConsoleCommand,
-    agent_message, control_message,
+    AgentHello, AgentMessage, ConsoleOutputReport, ControlMessage, DesiredHost, DesiredVolume, Heartbeat,
+    OpenConsoleCommand, agent_message, control_message,
 };
 use hearth_types::InstanceId;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{Client, Link, LinkError, console};
+use super::{Connection, Link, LinkError, console};
 use crate::epoch::Epoch;
 use crate::instance::Host;
+use crate::reports::AnyReport;
 use crate::supervisor::Supervisor;
 
 /// How often the control plane hears from a quiet agent.
@@ -42,7 +44,8 @@ pub struct Session {
 
 impl Session {
     /// Runs one session until it ends; the error says why.
-    pub async fn run(&self, mut client: Client) -> LinkError {
+    pub async fn run(&self, connection: Connection) -> LinkError {
+        let mut client = connection.agent();
         let (out, messages) = mpsc::channel(QUEUE);
         let mut reports = self.host.reports.watch();
         let hello = AgentHello { highest_term: self.epoch.highest_term(), ..self.announcement.0.clone() };
@@ -57,7 +60,7 @@ impl Session {
             Ok(answer) => answer.into_inner(),
             Err(status) => return LinkError::status(&status),
         };
-        self.link.set(Some(client));
+        self.link.set(Some(connection));
         tracing::info!("the session with the control plane is up");
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -85,11 +88,15 @@ impl Session {
     }
 
     fn news(&self, sent: &mut u64) -> Vec<agent_message::Message> {
-        let reports: Vec<InstanceReport> = self.host.reports.after(*sent);
-        if let Some(last) = reports.last() {
-            *sent = last.sequence;
-        }
-        reports.into_iter().map(agent_message::Message::Report).collect()
+        let (last, reports) = self.host.reports.after(*sent);
+        *sent = last;
+        let message = |report| match report {
+            AnyReport::Instance(report) => agent_message::Message::Report(report),
+            AnyReport::Volume(report) => agent_message::Message::Volume(report),
+            AnyReport::Snapshot(report) => agent_message::Message::Snapshot(report),
+            AnyReport::Bundle(report) => agent_message::Message::Bundle(report),
+        };
+        reports.into_iter().map(message).collect()
     }
 
     async fn obey(&self, message: ControlMessage, out: &mpsc::Sender<AgentMessage>) -> Result<(), LinkError> {
@@ -103,10 +110,18 @@ impl Session {
         kept.map_err(|error| LinkError::Ended(format!("its term cannot be kept: {error}")))?;
         let supervisor = self.supervisor.clone();
         match message.message {
-            Some(control_message::Message::Desired(desired)) => {
+            Some(control_message::Message::Desired(mut desired)) => {
+                self.apply_storage(&mut desired);
                 blocking(move || supervisor.apply_host(desired)).await?
             }
             Some(control_message::Message::Instance(instance)) => blocking(move || supervisor.apply(instance)).await?,
+            Some(control_message::Message::Volume(volume)) => self.host.snapshots.leave(volume),
+            Some(control_message::Message::SnapshotSet(set)) => self.host.snapshots.make(set),
+            Some(control_message::Message::CancelSnapshotSet(set)) => self.host.snapshots.cancel(&set.set_id),
+            Some(control_message::Message::Bundle(bundle)) => self.host.snapshots.bundle(bundle),
+            Some(control_message::Message::CancelBundle(bundle)) => {
+                self.host.snapshots.keep_bundles(|id| id != bundle.bundle_id);
+            }
             Some(control_message::Message::GetConsoleOutput(command)) => {
                 let report = self.console_output(command.request_id, &command.instance_id);
                 // If it cannot be sent the session ends, which is noticed elsewhere.
@@ -121,6 +136,24 @@ impl Session {
             None => tracing::warn!("the control plane sent a message that this agent does not know"),
         }
         Ok(())
+    }
+
+    /// Takes over what is to become of volumes and snapshots.
+    fn apply_storage(&self, desired: &mut DesiredHost) {
+        let (volumes, sets) = (std::mem::take(&mut desired.volumes), std::mem::take(&mut desired.snapshot_sets));
+        let of_volume = |volume: &DesiredVolume| volume.volume.as_ref().map(|volume| volume.volume_id.clone());
+        let named: HashSet<String> = volumes.iter().filter_map(of_volume).collect();
+        let snapshots: HashSet<String> =
+            sets.iter().flat_map(|set| &set.snapshots).map(|wanted| wanted.snapshot_id.clone()).collect();
+        self.host.reports.forget_others(|id| named.contains(id), |id| snapshots.contains(id));
+        let named: HashSet<String> = sets.iter().map(|set| set.set_id.clone()).collect();
+        self.host.snapshots.keep(|id| named.contains(id));
+        let bundles = std::mem::take(&mut desired.bundles);
+        let named: HashSet<String> = bundles.iter().map(|bundle| bundle.bundle_id.clone()).collect();
+        self.host.snapshots.keep_bundles(|id| named.contains(id));
+        bundles.into_iter().for_each(|bundle| self.host.snapshots.bundle(bundle));
+        sets.into_iter().for_each(|set| self.host.snapshots.make(set));
+        volumes.into_iter().for_each(|volume| self.host.snapshots.leave(volume));
     }
 
     /// The id of an instance that is here.

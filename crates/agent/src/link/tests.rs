@@ -19,7 +19,6 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 use crate::epoch::Epoch;
-use crate::images::ImageSource;
 use crate::instance::tests::world::{Agent, Wanted, World, id};
 
 type Out<T> = std::pin::Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -76,11 +75,6 @@ impl AgentService for Service {
         });
         let down = BroadcastStream::new(self.0.down.subscribe()).map(|m| m.map_err(|_| Status::internal("lagged")));
         Ok(Response::new(Box::pin(down)))
-    }
-
-    type FetchImageStream = Out<v1::FetchImageResponse>;
-    async fn fetch_image(&self, _: Request<v1::FetchImageRequest>) -> Result<Response<Self::FetchImageStream>, Status> {
-        Err(Status::not_found("no such image"))
     }
 
     type ConsoleRelayStream = Out<v1::ConsoleRelayDown>;
@@ -225,7 +219,7 @@ async fn a_session_brings_wishes_down_and_reports_up() {
     let agent = Agent::start(&world);
     let session = session(&agent, &identity);
     let client = connect(&identity.endpoints, &mutual(&identity).unwrap()).await.unwrap();
-    let (link, epoch) = (session.link.clone(), session.epoch.clone());
+    let epoch = session.epoch.clone();
     let running = tokio::spawn(async move { session.run(client).await });
     assert!(
         matches!(control.next().await, agent_message::Message::Hello(hello) if hello.host_id == identity.host_id.as_str())
@@ -256,11 +250,6 @@ async fn a_session_brings_wishes_down_and_reports_up() {
             }
         }
     }
-    assert!(matches!(
-        ControlImages(link.clone()).fetch(&"ami-0123456789abcdef0".parse().unwrap(), 0).await,
-        Err(crate::images::FetchError::Refused(_))
-    ));
-
     // A leader of the past is not obeyed.
     control.say(4, control_message::Message::Instance(wanted.want(&one, RunState::Terminated)));
     let error = running.await.unwrap();
@@ -286,7 +275,7 @@ async fn a_console_is_relayed_both_ways_and_a_missing_one_is_told() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let control = Running::start(CONTROL_SERVER_NAME).await;
     let identity = control.enroll().await.unwrap();
-    let client = connect(&identity.endpoints, &mutual(&identity).unwrap()).await.unwrap();
+    let client = connect(&identity.endpoints, &mutual(&identity).unwrap()).await.unwrap().agent();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("console.sock");
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();

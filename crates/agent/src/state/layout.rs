@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hearth_types::{ImageId, InstanceId};
+use hearth_types::{InstanceId, VolumeId};
 
 /// Where everything is.
 ///
@@ -12,16 +12,18 @@ use hearth_types::{ImageId, InstanceId};
 /// STATE/epoch.json                  starts of the agent, highest term
 /// STATE/calibration.json            measured ECUs
 /// STATE/instances/ID/instance.json  what is wanted and how far it is
-/// STATE/instances/ID/root.raw       root volume
 /// STATE/instances/ID/ephemeralN.raw instance-store disks
 /// STATE/instances/ID/console.ring   last console output
 /// STATE/instances/ID/vmm.lock       held by the VMM; its exit code
 /// STATE/instances/ID/vmm.log        what the VMM says
 /// STATE/instances/.gone-ID          being deleted
-/// STATE/images/ID/disk.raw          complete image; disk.part is one being fetched
+/// STATE/volumes/ID/...              EBS volumes, see `storage::volumes`
+/// STATE/bases/ROOT/...              content of snapshots that volumes here are made from, see `storage::base`
+/// STATE/stages/ID                   chunks as they were when a snapshot was taken
 /// STATE/kernels/SHA256/vmlinux      unpacked kernel
 /// RUN/ID/control.sock               the VMM's control socket
 /// RUN/ID/console.sock               the VMM's console
+/// RUN/.staged                       which chunks are in the stages
 /// RUN/jail                          mount point of the VMMs' empty root
 /// ```
 #[derive(Clone, Debug)]
@@ -81,9 +83,9 @@ impl Layout {
         self.instance(id).join("instance.json")
     }
 
-    /// An instance's root volume.
-    pub fn root_disk(&self, id: &InstanceId) -> PathBuf {
-        self.instance(id).join("root.raw")
+    /// Folder of a root disk that was made from a bundle.
+    pub fn bundle_root(&self, id: &InstanceId) -> PathBuf {
+        self.instance(id).join("root")
     }
 
     /// An instance-store disk, by its position.
@@ -106,14 +108,29 @@ impl Layout {
         self.instance(id).join("vmm.log")
     }
 
-    /// Folder of all images.
-    pub fn images(&self) -> PathBuf {
-        self.state.join("images")
+    /// Folder of all volumes.
+    pub fn volumes(&self) -> PathBuf {
+        self.state.join("volumes")
     }
 
-    /// Folder of one image.
-    pub fn image(&self, id: &ImageId) -> PathBuf {
-        self.images().join(id.as_str())
+    /// Folder of one volume.
+    pub fn volume(&self, id: &VolumeId) -> PathBuf {
+        self.volumes().join(id.as_str())
+    }
+
+    /// Folder of chunks as they were when a snapshot was taken.
+    pub fn stages(&self) -> PathBuf {
+        self.state.join("stages")
+    }
+
+    /// Folder of what is known of them; gone with the boot of the host.
+    pub fn staged(&self) -> PathBuf {
+        self.run.join(".staged")
+    }
+
+    /// Folder of the base with this root hash.
+    pub fn base(&self, root: &str) -> PathBuf {
+        self.state.join("bases").join(root)
     }
 
     /// Folder of unpacked kernels.

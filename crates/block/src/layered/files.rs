@@ -26,7 +26,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(25);
 pub struct BaseFiles {
     /// Content; each present chunk is complete (a last chunk is padded).
     pub data: File,
-    /// A memfd sealed against shrinking, with one bit per chunk in little-endian u64 words. The agent sets a bit, with
+    /// A memfd sealed against shrinking, or a file that is never shortened, with one bit per chunk in little-endian u64 words. The agent sets a bit, with
     /// release ordering, after the chunk was written to `data`.
     pub presence: File,
     /// Key of `data`, when the base is stored encrypted.
@@ -177,8 +177,13 @@ unsafe impl Sync for PresenceMap {}
 impl PresenceMap {
     pub(crate) fn new(memfd: &File) -> Result<Self, BlockError> {
         let failed = |errno: nix::Error| BlockError::Presence(errno.into());
-        let seals = fcntl(memfd, FcntlArg::F_GET_SEALS).map_err(failed)?;
-        if !SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK) {
+        let sealed = match fcntl(memfd, FcntlArg::F_GET_SEALS) {
+            Ok(seals) => SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK),
+            // A file of a disk's file system knows no seals: whoever passed it never shortens it.
+            Err(nix::Error::EINVAL) => true,
+            Err(errno) => return Err(failed(errno)),
+        };
+        if !sealed {
             // Reading beyond a shrunken file would kill this process.
             let text = "the memfd is not sealed against shrinking (F_SEAL_SHRINK)";
             return Err(BlockError::Presence(io::Error::new(io::ErrorKind::InvalidInput, text)));

@@ -24,10 +24,11 @@ pub struct MapSpec<I> {
     /// Chunks present in the base's manifest, in ascending order. Every other range is LOCAL from the start, so it reads
     /// as zeros and never touches the map again.
     pub base_chunks: I,
+    /// `data` has its content already, and all of it counts as DIRTY. Otherwise it must be a hole.
+    pub filled: bool,
 }
 
-/// Creates the map of a new volume in an empty file and makes it durable. Its `data` file must be empty of content and
-/// `size_bytes` long (a hole). The header comes last: a map whose creation was cut off is refused.
+/// Creates the map of a new volume in an empty file and makes it durable. Its `data` file must be `size_bytes` long. The header comes last: a map whose creation was cut off is refused.
 pub fn create<I: IntoIterator<Item = u64>>(file: &dyn Storage, spec: MapSpec<I>) -> Result<(), MapError> {
     check_size(spec.size_bytes)?;
     let mut volume_id = [0u8; 32];
@@ -75,7 +76,8 @@ pub fn create<I: IntoIterator<Item = u64>>(file: &dyn Storage, spec: MapSpec<I>)
     file.sync().map_err(MapError::io("make durable"))?;
     let mut header = Header {
         sequence: 0,
-        clean: true,
+        // As after a crash: every chunk that the volume itself holds counts as DIRTY.
+        clean: !spec.filled,
         volume_id,
         size_bytes: spec.size_bytes,
         generation: spec.generation,

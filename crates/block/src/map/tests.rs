@@ -13,6 +13,7 @@ const PAGE_BYTES: u64 = CHUNKS_PER_PAGE as u64 * CHUNK_BYTES;
 
 fn spec(size_bytes: u64, base: &[u64]) -> MapSpec<Vec<u64>> {
     MapSpec {
+        filled: false,
         volume_id: "vol-0123456789abcdef0".into(),
         size_bytes,
         base_root: (!base.is_empty()).then_some([5; 32]),

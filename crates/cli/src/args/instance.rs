@@ -5,17 +5,24 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::mapping::{self, DeviceSwitch, Mapping};
 use super::{ListFlags, WaitFlags, types};
 
-const WHICH: &str = "Id, unambiguous beginning of an id, or Name tag";
+pub(super) const WHICH: &str = "Id, unambiguous beginning of an id, or Name tag";
 
 /// Verbs of instances.
 #[derive(Debug, Subcommand)]
 pub enum InstanceCommand {
     /// Launch instances
     #[command(after_help = "\
+A block device is written as KEY=VALUE,… with device and any of size, type, iops, throughput, snapshot, \
+delete-on-termination, encrypted (an EBS volume); or device and virtual=ephemeral0 (an instance-store disk); or device \
+and none (leaves out what the image has there). What is not said is as in the image.
+
 Examples:
   hearth instance run debian-12 --wait
+  hearth instance run debian-12 -b device=/dev/sdf,size=100G,type=gp3,iops=6000,throughput=250
+  hearth instance run debian-12 -b device=/dev/sdf,snapshot=db-nightly,delete-on-termination=true
   hearth instance run debian-12 --type m5d.large --name db --key-name me --root-size 40G
   hearth instance run ami-0123456789abcdef0 --count 5 --spread --tag env=test -o id
   hearth instance run debian-12 --user-data cloud-config.yaml --wait=ok")]
@@ -103,8 +110,44 @@ Type and user data can only be changed while the instance is stopped; its next s
 Examples:
   hearth instance modify web --termination-protection off
   hearth instance modify web --shutdown-behavior terminate
+  hearth instance modify web --delete-on-termination /dev/sdf=true
   hearth instance stop web --wait && hearth instance modify web --type m5.large")]
     Modify(ModifyArgs),
+    /// Give a running instance another root volume; the guest is restarted for it
+    #[command(after_help = "\
+Without --snapshot and --image the root volume begins as it did at the launch. Everything else of the instance stays.
+
+Examples:
+  hearth instance replace-root web --wait
+  hearth instance replace-root web --snapshot web-nightly --delete-replaced
+  hearth instance replace-root web --image debian-12 --wait")]
+    ReplaceRoot {
+        /// Which
+        #[arg(value_name = "INSTANCE", help = WHICH)]
+        instance: String,
+        /// Snapshot that it begins as: id, unambiguous beginning of an id, or Name tag
+        #[arg(long, conflicts_with = "image")]
+        snapshot: Option<String>,
+        /// Image whose root volume it begins as: id, unambiguous beginning of an id, or name
+        #[arg(long)]
+        image: Option<String>,
+        /// Delete the volume that is replaced; it is kept otherwise
+        #[arg(long)]
+        delete_replaced: bool,
+        /// Makes repeating the same call harmless [default: a fresh one per call]
+        #[arg(long, value_name = "TOKEN")]
+        client_token: Option<String>,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitFlags,
+    },
+    /// Show tasks that replace root volumes
+    #[command(after_help = "Example:\n  hearth instance replace-root-tasks")]
+    ReplaceRootTasks {
+        /// Only these: ids
+        #[arg(value_name = "TASK")]
+        tasks: Vec<String>,
+    },
     /// Connect to the serial console
     #[command(after_help = "\
 On a terminal, Ctrl-] or ~. at the start of a line ends the connection (~~ sends one ~).
@@ -183,12 +226,15 @@ pub struct RunArgs {
     /// Number of network interfaces
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=15))]
     pub network_interfaces: u32,
-    /// Size of the root volume, at least the image's, e.g. 20G
-    #[arg(long, value_name = "SIZE", value_parser = types::parse_size)]
+    /// Size of the root volume in whole GiB, at least the image's, e.g. 20G
+    #[arg(long, value_name = "SIZE", value_parser = types::parse_volume_size)]
     pub root_size: Option<u64>,
-    /// What a power-off from inside does
-    #[arg(long, value_enum, default_value = "stop", value_name = "ACTION")]
-    pub on_guest_shutdown: GuestShutdown,
+    /// A disk other than the image's, or one more (several times); see below
+    #[arg(short, long = "block-device", value_name = mapping::FORM, value_parser = mapping::parse_mapping)]
+    pub block_devices: Vec<Mapping>,
+    /// What a power-off from inside does [default: stop; terminate for an image with an instance-store root device]
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_guest_shutdown: Option<GuestShutdown>,
     /// Refuse `terminate` until this is lifted (`modify --termination-protection off`)
     #[arg(long)]
     pub protect: bool,
@@ -250,6 +296,9 @@ pub struct AttributeFlags {
     /// Other user data, at most 16 KiB, - = standard input (only while it is stopped)
     #[arg(long, value_name = "FILE")]
     pub user_data: Option<PathBuf>,
+    /// Whether the volume at a device is deleted with the instance (several times)
+    #[arg(long, value_name = "DEVICE=true|false", value_parser = mapping::parse_device_switch)]
+    pub delete_on_termination: Vec<DeviceSwitch>,
 }
 
 /// Flags of `console`.

@@ -1,18 +1,25 @@
 //! The grammar of the command line: `hearth NOUN VERB`.
 
+pub mod bundle;
+pub mod image;
 pub mod instance;
+pub mod mapping;
 pub mod others;
+pub mod storage;
 pub mod types;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use bundle::BundleCommand;
+pub use image::ImageCommand;
 pub use instance::InstanceCommand;
 pub use others::{
-    AccountCommand, CompletionArgs, DoctorArgs, HostCommand, ImageCommand, InstanceTypeCommand, KeyPairCommand,
-    TagCommand, TokenCommand,
+    AccountCommand, CompletionArgs, DoctorArgs, HostCommand, InstanceTypeCommand, KeyPairCommand, TagCommand,
+    TokenCommand,
 };
+pub use storage::{SnapshotCommand, StorageCommand, VolumeCommand};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -138,15 +145,27 @@ pub enum Command {
     /// AMIs: disk images that instances start from
     #[command(subcommand, visible_alias = "images")]
     Image(ImageCommand),
+    /// Disks packed for instance-store-backed images
+    #[command(subcommand, visible_alias = "bundles")]
+    Bundle(BundleCommand),
     /// Virtual machines
     #[command(subcommand, visible_alias = "instances")]
     Instance(InstanceCommand),
+    /// EBS volumes: disks that live on without instances
+    #[command(subcommand, visible_alias = "volumes")]
+    Volume(VolumeCommand),
+    /// Copies of volumes at one point in time
+    #[command(subcommand, visible_alias = "snapshots")]
+    Snapshot(SnapshotCommand),
     /// Sizes of instances
     #[command(subcommand, visible_alias = "instance-types")]
     InstanceType(InstanceTypeCommand),
     /// Machines that run instances (for operators)
     #[command(subcommand, visible_alias = "hosts")]
     Host(HostCommand),
+    /// The object store that holds snapshots (for operators)
+    #[command(subcommand)]
+    Storage(StorageCommand),
     /// SSH public keys that instances let in
     #[command(subcommand, visible_alias = "key-pairs")]
     KeyPair(KeyPairCommand),

@@ -3,141 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use clap_complete::Shell;
 
 use super::{ListFlags, types};
-
-/// Verbs of images.
-#[derive(Debug, Subcommand)]
-pub enum ImageCommand {
-    /// Upload and register a disk image (raw, qcow2, vmdk)
-    #[command(after_help = "\
-The disk needs no boot loader: hearth finds kernel, initrd and command line in its root file system.
-
-Examples:
-  hearth image import disk.qcow2 --name debian-12
-  hearth image import disk.raw --name test --tag env=test --cmdline 'root=/dev/vda1 ro console=ttyS0'")]
-    Import(ImportArgs),
-    /// Build an image from a recipe of hearth's images/ folder and register it
-    #[command(after_help = "\
-Needs root and Debian's package mirror. Recipes are looked for in HEARTH_IMAGES_DIR, ./images, the images/ folder
-beside the program's source tree, and /usr/share/hearth/images.
-
-Examples:
-  hearth image build debian-12
-  hearth image build tiny --name tiny-test")]
-    Build(BuildArgs),
-    /// Show images
-    #[command(
-        visible_alias = "ls",
-        after_help = "\
-Examples:
-  hearth image list
-  hearth image list --filter name='debian-*'"
-    )]
-    List {
-        /// Only these: ids or names
-        #[arg(value_name = "IMAGE")]
-        images: Vec<String>,
-        /// What to show
-        #[command(flatten)]
-        list: ListFlags,
-    },
-    /// Show everything about one image
-    #[command(visible_alias = "show", after_help = "Example:\n  hearth image describe debian-12")]
-    Describe {
-        /// Id, unambiguous beginning of an id, or name
-        image: String,
-    },
-    /// No longer offer an image; instances made from it keep running
-    #[command(visible_alias = "rm", after_help = "Example:\n  hearth image deregister debian-12 --yes")]
-    Deregister {
-        /// Ids, unambiguous beginnings of ids, or names
-        #[arg(value_name = "IMAGE", required = true)]
-        images: Vec<String>,
-        /// Do not ask
-        #[arg(short, long)]
-        yes: bool,
-    },
-}
-
-/// Format of an upload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ImageFormat {
-    /// The bytes of the disk
-    Raw,
-    /// QEMU
-    Qcow2,
-    /// VMware, one file
-    Vmdk,
-}
-
-impl ImageFormat {
-    /// The API's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
-
-/// What is registered with an image.
-#[derive(Clone, Debug, Args)]
-pub struct RegisterFlags {
-    /// Text for people
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub description: String,
-    /// Tag (several times)
-    #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
-    pub tags: Vec<types::Tag>,
-    /// Kernel command line instead of the one found in the image
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub cmdline: String,
-    /// Added to the kernel command line
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub extra_cmdline: String,
-}
-
-/// Flags of `import`.
-#[derive(Clone, Debug, Args)]
-pub struct ImportArgs {
-    /// The disk image
-    pub file: PathBuf,
-    /// Its name, unique in your account [default: the file's name without extension]
-    #[arg(short, long)]
-    pub name: Option<String>,
-    /// Its format [default: told by content]
-    #[arg(long, value_enum)]
-    pub format: Option<ImageFormat>,
-    /// What is registered with it
-    #[command(flatten)]
-    pub register: RegisterFlags,
-    /// Makes repeating the same call harmless [default: a fresh one per call]
-    #[arg(long, value_name = "TOKEN")]
-    pub client_token: Option<String>,
-}
-
-/// Flags of `build`.
-#[derive(Clone, Debug, Args)]
-pub struct BuildArgs {
-    /// Name of the recipe, e.g. debian-12
-    pub recipe: String,
-    /// Name of the image [default: the recipe's]
-    #[arg(short, long)]
-    pub name: Option<String>,
-    /// Keep the disk image in this file too
-    #[arg(long, value_name = "FILE")]
-    pub keep: Option<PathBuf>,
-    /// What is registered with it
-    #[command(flatten)]
-    pub register: RegisterFlags,
-    /// Further arguments for the recipe, behind --
-    #[arg(last = true, value_name = "ARGUMENT")]
-    pub arguments: Vec<String>,
-}
 
 /// Verbs of instance types.
 #[derive(Debug, Subcommand)]
@@ -376,7 +245,7 @@ Examples:
   hearth doctor
   hearth doctor -o json")]
 pub struct DoctorArgs {
-    /// State folder to check for space and reflinks
+    /// State folder to check for space
     #[arg(long, value_name = "DIR", default_value = "/var/lib/hearth")]
     pub state_dir: PathBuf,
     /// The hearth-vmm program that runs the probe guest [default: beside hearth, else /usr/lib/hearth/hearth-vmm]

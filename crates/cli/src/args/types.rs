@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use hearth_types::volume::GIB;
+
 /// One `--filter` or `--tag` of a list command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter {
@@ -79,20 +81,33 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().map_err(|_| "write it as a whole number and a unit, e.g. 20G".to_owned())?;
-    let shift = match unit.trim().to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
+    let shift = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
         _ => return Err(format!("unknown unit '{}'; units are K, M, G, T", unit.trim())),
     };
     number.checked_mul(1 << shift).ok_or_else(|| "this is too large".to_owned())
 }
 
+/// A size in whole GiB, at least one: "20G", "1T".
+pub fn parse_volume_size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if size == 0 || !size.is_multiple_of(GIB) {
+        return Err(match text.trim().parse::<u64>() {
+            Ok(number) => format!("the unit is missing; write it as {number}G"),
+            Err(_) => "volumes have whole GiB, e.g. 20G".to_owned(),
+        });
+    }
+    Ok(size)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn filters_split_at_commas_that_are_not_escaped() {
@@ -113,6 +128,34 @@ mod tests {
         assert_eq!(parse_size("512"), Ok(512));
         for wrong in ["", "G", "1.5G", "20X", "99999999999T", "-1"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn volumes_have_whole_gibibytes() {
+        assert_eq!(parse_volume_size("10G"), Ok(10 << 30));
+        assert_eq!(parse_volume_size("10GiB"), Ok(10 << 30));
+        assert_eq!(parse_volume_size("2048M"), Ok(2 << 30));
+        assert_eq!(parse_volume_size("16T"), Ok(16 << 40));
+        assert!(parse_volume_size("10").unwrap_err().contains("10G"));
+        for wrong in ["0", "0G", "512M", "1025M", "20Gbb", "20giib", "20i"] {
+            assert!(parse_volume_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_size_that_can_be_written_is_read(number in 0u64..1 << 20, unit in 0usize..5, iec in any::<bool>()) {
+            let letter = ["", "K", "m", "G", "t"][unit];
+            let text = if iec && unit > 0 { format!("{number} {letter}iB") } else { format!("{number}{letter}") };
+            prop_assert_eq!(parse_size(&text), Ok(number << (10 * unit)));
+            let whole = number > 0 && (number << (10 * unit)) % GIB == 0;
+            prop_assert_eq!(parse_volume_size(&text).is_ok(), whole);
+        }
+
+        #[test]
+        fn no_text_breaks_a_parser(text in "\\PC{0,40}") {
+            let _ = (parse_size(&text), parse_volume_size(&text), parse_filter(&text), parse_tag(&text), parse_duration(&text));
         }
     }
 

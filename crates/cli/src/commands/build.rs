@@ -6,7 +6,7 @@ use std::process::Stdio;
 use hearth_proto::v1::Image;
 
 use super::upload;
-use crate::args::others::{BuildArgs, ImageFormat, ImportArgs};
+use crate::args::image::{BuildArgs, ImageFormat, ImportArgs};
 use crate::client::Client;
 use crate::error::CliError;
 

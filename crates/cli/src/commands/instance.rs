@@ -3,22 +3,23 @@
 use std::io::Write;
 
 use hearth_proto::v1::{
-    Filter, GetConsoleOutputRequest, GetInstanceRequest, Instance, InstanceState, InstanceStateChange,
-    InstanceTypeInfo, ListInstanceTypesRequest, ModifyInstanceAttributeRequest, PageRequest, Placement,
-    PlacementStrategy, RebootInstancesRequest, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, Tag,
-    TerminateInstancesRequest,
+    CreateReplaceRootVolumeTaskRequest, DeleteOnTermination, Filter, GetConsoleOutputRequest, GetImageRequest,
+    GetInstanceRequest, Instance, InstanceState, InstanceStateChange, InstanceTypeInfo, ListInstanceTypesRequest,
+    ModifyInstanceAttributeRequest, PageRequest, Placement, PlacementStrategy, RebootInstancesRequest,
+    ReplaceRootVolumeTask, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, TerminateInstancesRequest,
 };
 use serde_json::{Value, json};
 
 use super::confirm::confirm;
-use super::{Context, console, lookup, read_input};
+use super::{Context, console, lookup, mapping, read_input};
 use crate::args::instance::{GuestShutdown, ModifyArgs, RunArgs, Switch, WaitFor};
+use crate::args::mapping::DeviceSwitch;
 use crate::args::{InstanceCommand, InstanceTypeCommand, OutputForm, WaitFlags};
-use crate::client::{all_pages, filters, fresh_client_token, tags};
+use crate::client::{all_pages, client_token, filters, named_tags};
 use crate::error::CliError;
 use crate::output::{self, View};
 use crate::view::instance::{name, state_name};
-use crate::wait::{self, Goal};
+use crate::wait::{self, instance::Goal, task::Done};
 
 /// EC2's limit for user data.
 const MAX_USER_DATA: usize = 16 << 10;
@@ -59,16 +60,7 @@ pub async fn run(context: &Context, command: InstanceCommand) -> Result<(), CliE
             let instance_ids = lookup::instances(client, &instances).await?;
             let request = RebootInstancesRequest { instance_ids: instance_ids.clone() };
             client.unwrap(client.instances().reboot_instances(request).await)?;
-            match context.output {
-                OutputForm::Table | OutputForm::Wide => {
-                    output::print(&instance_ids.iter().map(|id| format!("{id} is rebooting\n")).collect::<String>())
-                }
-                OutputForm::Id => output::print(&instance_ids.iter().map(|id| format!("{id}\n")).collect::<String>()),
-                form => {
-                    let value = instance_ids.iter().map(|id| json!({"instance_id": id})).collect();
-                    output::print(&output::render_value(&Value::Array(value), form)?)
-                }
-            }
+            output::print_done(&instance_ids, "instance_id", "is rebooting", context.output)
         }
         InstanceCommand::Terminate { instances, yes, wait } => {
             let instance_ids = lookup::instances(client, &instances).await?;
@@ -76,6 +68,35 @@ pub async fn run(context: &Context, command: InstanceCommand) -> Result<(), CliE
             let request = TerminateInstancesRequest { instance_ids };
             let changes = client.unwrap(client.instances().terminate_instances(request).await)?.changes;
             changed(context, changes, Goal::State(InstanceState::Terminated), wait).await
+        }
+        InstanceCommand::ReplaceRoot { instance, snapshot, image, delete_replaced, client_token: token, wait } => {
+            let mut request = CreateReplaceRootVolumeTaskRequest {
+                instance_id: lookup::instance(client, &instance).await?,
+                delete_replaced_root_volume: delete_replaced,
+                client_token: client_token(token)?,
+                ..CreateReplaceRootVolumeTaskRequest::default()
+            };
+            if let Some(snapshot) = &snapshot {
+                request.snapshot_id = lookup::snapshot(client, snapshot).await?;
+            }
+            if let Some(image) = &image {
+                request.image_id = lookup::image(client, image).await?;
+            }
+            let mut task = client.unwrap(client.instances().create_replace_root_volume_task(request).await)?;
+            let mut waited = Ok(());
+            if wait.wait {
+                let ids = [task.task_id.clone()];
+                waited = wait::until::<ReplaceRootVolumeTask>(client, &ids, Done, wait.timeout).await;
+                let last = lookup::list_replacements(client, &ids).await.unwrap_or_default();
+                task = last.into_iter().next().unwrap_or(task);
+            }
+            output::print_list(&[task], context.output)?;
+            waited
+        }
+        InstanceCommand::ReplaceRootTasks { tasks } => {
+            let mut found = lookup::list_replacements(client, &tasks).await?;
+            found.sort_by(|a, b| (&a.start_time, &a.task_id).cmp(&(&b.start_time, &b.task_id)));
+            output::print_list(&found, context.output)
         }
         InstanceCommand::Modify(args) => modify(context, args).await,
         InstanceCommand::Console(args) => {
@@ -126,15 +147,15 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         Some(path) => read_input(path, MAX_USER_DATA, "user data")?,
         None => Vec::new(),
     };
-    let mut tags = tags(&args.tags);
-    if let Some(name) = &args.name {
-        tags.push(Tag { key: "Name".to_owned(), value: name.clone() });
-    }
-    let client_token = match args.client_token {
-        Some(token) => token,
-        None => fresh_client_token()?,
-    };
+    let client_token = client_token(args.client_token)?;
+    let tags = named_tags(args.name.as_deref(), &args.tags);
     let image_id = lookup::image(client, &args.image).await?;
+    let mut block_device_mappings = mapping::to_proto(client, &args.block_devices).await?;
+    if let Some(size) = args.root_size {
+        let request = GetImageRequest { image_id: image_id.clone() };
+        let image = client.unwrap(client.images().get_image(request).await)?;
+        mapping::set_root_size(&mut block_device_mappings, &image.root_device_name, size)?;
+    }
     let placement = Placement {
         availability_zone: args.zone.unwrap_or_default(),
         host_id: args.host.unwrap_or_default(),
@@ -152,15 +173,17 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         tags,
         placement: Some(placement),
         network_interface_count: args.network_interfaces,
-        root_volume_bytes: args.root_size.unwrap_or_default(),
-        instance_initiated_shutdown_behavior: behavior(args.on_guest_shutdown),
+        block_device_mappings,
+        instance_initiated_shutdown_behavior: args.on_guest_shutdown.map(behavior).unwrap_or_default(),
         disable_api_termination: args.protect,
         dry_run: args.dry_run,
     };
-    let answer = client.unwrap(client.instances().run_instances(request).await)?;
-    if args.dry_run {
-        return output::print("nothing was launched: this was a dry run, and it would have worked\n");
-    }
+    let answer = match client.unwrap(client.instances().run_instances(request).await) {
+        Err(error) if args.dry_run && error.is_passed_dry_run() => {
+            return output::print("nothing was launched: this was a dry run, and it would have worked\n");
+        }
+        answer => answer?,
+    };
     let ids: Vec<String> = answer.instances.iter().map(|instance| instance.instance_id.clone()).collect();
     let mut instances = answer.instances;
     if let Some(goal) = args.wait {
@@ -169,7 +192,7 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
             WaitFor::Ok => Goal::StatusOk,
         };
         // A script that gave up waiting needs the ids all the more.
-        let waited = wait::instances(client, &ids, goal, args.timeout).await;
+        let waited = wait::until::<Instance>(client, &ids, goal, args.timeout).await;
         instances = lookup::list_instances(client, &ids, &[]).await.unwrap_or(instances);
         output::print_list(&instances, context.output)?;
         waited?;
@@ -192,6 +215,10 @@ fn behavior(action: GuestShutdown) -> String {
     .to_owned()
 }
 
+fn delete_on_termination(switch: DeviceSwitch) -> DeleteOnTermination {
+    DeleteOnTermination { device_name: switch.device, delete_on_termination: switch.on }
+}
+
 async fn modify(context: &Context, args: ModifyArgs) -> Result<(), CliError> {
     let client = &context.client;
     let attributes = args.attributes;
@@ -203,6 +230,7 @@ async fn modify(context: &Context, args: ModifyArgs) -> Result<(), CliError> {
         instance_initiated_shutdown_behavior: attributes.shutdown_behavior.map(behavior),
         instance_type: attributes.instance_type,
         user_data: user_data.map(Into::into),
+        delete_on_termination: attributes.delete_on_termination.into_iter().map(delete_on_termination).collect(),
     };
     let changed = client.unwrap(client.instances().modify_instance_attribute(request).await)?;
     output::print_one(&changed, context.output)
@@ -241,7 +269,7 @@ async fn changed(
     let mut changes: Vec<_> = changes.into_iter().map(Change).collect();
     if flags.wait {
         let ids: Vec<String> = changes.iter().map(View::id).collect();
-        wait::instances(&context.client, &ids, goal, flags.timeout).await?;
+        wait::until::<Instance>(&context.client, &ids, goal, flags.timeout).await?;
         if let Goal::State(state) = goal {
             changes.iter_mut().for_each(|change| change.0.set_current_state(state));
         }

@@ -1,9 +1,11 @@
 //! From what people type (id, beginning of an id, name) to what is meant.
 
 use hearth_proto::v1::{
-    Filter, Image, ImageState, Instance, InstanceState, ListImagesRequest, ListInstancesRequest, PageRequest,
+    BundleTask, Filter, Image, ImageState, Instance, InstanceState, ListBundleTasksRequest, ListImagesRequest,
+    ListInstancesRequest, ListReplaceRootVolumeTasksRequest, ListSnapshotsRequest, ListStoreImageTasksRequest,
+    ListVolumesRequest, PageRequest, ReplaceRootVolumeTask, Snapshot, StoreImageTask, Volume, VolumeState,
 };
-use hearth_types::{ImageId, InstanceId};
+use hearth_types::{ImageId, InstanceId, SnapshotId, VolumeId};
 
 use crate::client::{Client, all_pages};
 use crate::error::CliError;
@@ -27,6 +29,61 @@ pub async fn list_images(client: &Client, ids: &[String], filters: &[Filter]) ->
         Ok((answer.images, answer.page))
     };
     all_pages(one_page).await
+}
+
+/// Bundle tasks with these ids, or all; all pages.
+pub async fn list_bundle_tasks(client: &Client, ids: &[String]) -> Result<Vec<BundleTask>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListBundleTasksRequest { bundle_ids: ids.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.images().list_bundle_tasks(request).await)?;
+        Ok((answer.tasks, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Tasks that store these images, or all; all pages.
+pub async fn list_store_tasks(client: &Client, images: &[String]) -> Result<Vec<StoreImageTask>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListStoreImageTasksRequest { image_ids: images.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.images().list_store_image_tasks(request).await)?;
+        Ok((answer.tasks, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Tasks that replace root volumes with these ids, or all; all pages.
+pub async fn list_replacements(client: &Client, ids: &[String]) -> Result<Vec<ReplaceRootVolumeTask>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListReplaceRootVolumeTasksRequest { task_ids: ids.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.instances().list_replace_root_volume_tasks(request).await)?;
+        Ok((answer.tasks, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Volumes that match the ids and filters, all pages.
+pub async fn list_volumes(client: &Client, ids: &[String], filters: &[Filter]) -> Result<Vec<Volume>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListVolumesRequest { volume_ids: ids.to_vec(), filters: filters.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.volumes().list_volumes(request).await)?;
+        Ok((answer.volumes, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Snapshots that match the ids and filters, all pages.
+pub async fn list_snapshots(client: &Client, ids: &[String], filters: &[Filter]) -> Result<Vec<Snapshot>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListSnapshotsRequest { snapshot_ids: ids.to_vec(), filters: filters.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.snapshots().list_snapshots(request).await)?;
+        Ok((answer.snapshots, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// A filter for resources with one of these ids; unlike a list by ids, it takes unknown ones.
+pub fn any_of(name: &str, ids: &[String]) -> Filter {
+    Filter { name: name.to_owned(), values: ids.to_vec() }
 }
 
 fn filter(name: &str, value: String) -> Filter {
@@ -96,6 +153,65 @@ pub async fn image(client: &Client, text: &str) -> Result<String, CliError> {
         found.retain(|i| i.state() == ImageState::Available);
     }
     choose(text, &found, "image", what, |i| i.image_id.clone(), |i| format!("{} ({})", i.image_id, i.name))
+}
+
+/// Id of the volume meant.
+pub async fn volume(client: &Client, text: &str) -> Result<String, CliError> {
+    if text.parse::<VolumeId>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let (wanted, what) = if is_beginning(text, VolumeId::PREFIX) {
+        (filter("volume-id", format!("{text}*")), "an id that begins with")
+    } else {
+        (filter("tag:Name", escaped(text)), "the name")
+    };
+    let mut found = list_volumes(client, &[], &[wanted]).await?;
+    let leaves = |volume: &Volume| matches!(volume.state(), VolumeState::Deleting | VolumeState::Deleted);
+    if found.len() > 1 && found.iter().any(|volume| !leaves(volume)) {
+        found.retain(|volume| !leaves(volume));
+    }
+    let describe =
+        |v: &Volume| format!("{} ({}, {})", v.volume_id, view::volume::state_name(v.state()), view::volume::name(v));
+    choose(text, &found, "volume", what, |v| v.volume_id.clone(), describe)
+}
+
+/// Ids of the volumes meant.
+pub async fn volumes(client: &Client, texts: &[String]) -> Result<Vec<String>, CliError> {
+    let mut ids = Vec::with_capacity(texts.len());
+    for text in texts {
+        let id = volume(client, text).await?;
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+/// Id of the snapshot meant.
+pub async fn snapshot(client: &Client, text: &str) -> Result<String, CliError> {
+    if text.parse::<SnapshotId>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let (wanted, what) = if is_beginning(text, SnapshotId::PREFIX) {
+        (filter("snapshot-id", format!("{text}*")), "an id that begins with")
+    } else {
+        (filter("tag:Name", escaped(text)), "the name")
+    };
+    let found = list_snapshots(client, &[], &[wanted]).await?;
+    let describe = |s: &Snapshot| format!("{} ({}, {})", s.snapshot_id, s.start_time, view::snapshot::name(s));
+    choose(text, &found, "snapshot", what, |s| s.snapshot_id.clone(), describe)
+}
+
+/// Ids of the snapshots meant.
+pub async fn snapshots(client: &Client, texts: &[String]) -> Result<Vec<String>, CliError> {
+    let mut ids = Vec::with_capacity(texts.len());
+    for text in texts {
+        let id = snapshot(client, text).await?;
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
 }
 
 fn choose<T>(

@@ -2,17 +2,24 @@
 
 mod account;
 mod build;
+mod bundle;
 mod confirm;
 mod console;
+mod download;
 mod host;
 mod image;
 mod instance;
 mod key_pair;
-mod lookup;
+pub(crate) mod lookup;
+mod mapping;
+mod meter;
+mod snapshot;
+mod storage;
 mod tag;
 mod terminal;
 mod token;
 mod upload;
+mod volume;
 
 use std::path::{Path, PathBuf};
 
@@ -60,6 +67,10 @@ pub async fn run(arguments: Arguments) -> Result<(), CliError> {
         Command::Doctor(args) => crate::doctor::run(&args, global.output).await,
         Command::Instance(command) => instance::run(&Context::new(global)?, command).await,
         Command::Image(command) => image::run(&Context::new(global)?, command).await,
+        Command::Bundle(command) => bundle::run(&Context::new(global)?, command).await,
+        Command::Volume(command) => volume::run(&Context::new(global)?, command).await,
+        Command::Snapshot(command) => snapshot::run(&Context::new(global)?, command).await,
+        Command::Storage(command) => storage::run(&Context::new(global)?, command).await,
         Command::InstanceType(command) => instance::types(&Context::new(global)?, command).await,
         Command::Host(command) => host::run(&Context::new(global)?, command).await,
         Command::KeyPair(command) => key_pair::run(&Context::new(global)?, command).await,

@@ -1,22 +1,20 @@
 //! Uploads of disk images: holes and zeros travel as numbers, not as bytes.
 
 use std::fs::File;
-use std::io::IsTerminal;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use hearth_proto::v1::import_image_request::Message;
 use hearth_proto::v1::{BootOverride, Image, ImageState, ImportImageHeader, ImportImageRequest, ImportImageResponse};
 use hearth_snapshot::{Format, ImageError, detect, next_data};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::args::others::{ImageFormat, ImportArgs};
-use crate::client::{Client, fresh_client_token, tags};
+use super::meter::Meter;
+use crate::args::image::{ImageFormat, ImportArgs};
+use crate::client::{self, Client, tags};
 use crate::error::CliError;
-use crate::human;
 
 /// Bytes in one message: large enough to be quick, well below gRPC's 4 MiB.
 const CHUNK: usize = 512 << 10;
@@ -43,14 +41,11 @@ pub async fn import(client: &Client, args: ImportArgs) -> Result<Image, CliError
         format: args.format.map(|format| format.name().to_owned()).unwrap_or_default(),
         file_bytes: metadata.len(),
         tags: tags(&register.tags),
-        client_token: match args.client_token {
-            Some(token) => token,
-            None => fresh_client_token()?,
-        },
+        client_token: client::client_token(args.client_token)?,
         boot: Some(boot).filter(|boot| *boot != BootOverride::default()),
     };
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let meter = Meter::new(metadata.len());
+    let meter = Meter::new("uploading", metadata.len());
     let reader = read_file(file, path.to_owned(), header, sender, meter.bar.clone());
     let reader = tokio::task::spawn_blocking(reader);
 
@@ -146,37 +141,4 @@ async fn receive(
         }
     }
     Err(CliError::Program("the control plane ended the import without an answer; see `hearth image list`".to_owned()))
-}
-
-/// A bar on a terminal, now and then a line elsewhere.
-struct Meter {
-    bar: ProgressBar,
-    terminal: bool,
-    last_line: std::cell::Cell<Option<Instant>>,
-}
-
-impl Meter {
-    fn new(size: u64) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(size) } else { ProgressBar::hidden() };
-        let template = "{msg} {wide_bar} {binary_bytes} of {binary_total_bytes} ({eta} left)";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message("uploading");
-        Self { bar, terminal, last_line: std::cell::Cell::new(None) }
-    }
-
-    fn show(&self, step: &str, done: u64, total: u64) {
-        if self.terminal {
-            self.bar.set_message(step.to_owned());
-            if total > 0 {
-                self.bar.set_length(total);
-                self.bar.set_position(done);
-            }
-        } else if self.last_line.get().is_none_or(|last| last.elapsed() > Duration::from_secs(5)) {
-            self.last_line.set(Some(Instant::now()));
-            eprintln!("{step} {}", human::progress(done, total));
-        }
-    }
 }

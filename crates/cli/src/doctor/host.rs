@@ -30,7 +30,6 @@ pub fn checks(state_dir: &Path) -> Vec<Check> {
         ip_forward(),
         io_uring(),
         disk(state_dir),
-        reflink(state_dir),
         memory(),
         time(),
     ]
@@ -217,34 +216,6 @@ fn judge_disk(folder: &Path, free: u64) -> Check {
     }
 }
 
-fn reflink(state_dir: &Path) -> Check {
-    let folder = existing(state_dir);
-    let source = folder.join(format!(".hearth-doctor-{}.tmp", std::process::id()));
-    let target = folder.join(format!(".hearth-doctor-{}.copy", std::process::id()));
-    let method = fs::write(&source, [1; 4096])
-        .map_err(|error| error.to_string())
-        .and_then(|()| {
-            hearth_snapshot::clone_file(&source, &target, None, &|_, _| {}).map_err(|error| error.to_string())
-        })
-        .map(|cloned| cloned.method);
-    let _ = fs::remove_file(&source);
-    let _ = fs::remove_file(&target);
-    match method {
-        Ok(hearth_snapshot::CloneMethod::Reflink) => {
-            Check::ok("reflink", format!("{} shares blocks between files", folder.display()))
-        }
-        Ok(hearth_snapshot::CloneMethod::SparseCopy) => Check::warn(
-            "reflink",
-            format!("{} cannot share blocks between files", folder.display()),
-            "each instance copies its image, which takes time and space",
-            "put the state folder on XFS or Btrfs",
-        ),
-        Err(reason) => {
-            Check::skip("reflink", format!("cannot write to {}: {reason}", folder.display()), "sudo hearth doctor")
-        }
-    }
-}
-
 fn memory() -> Check {
     match read("/proc/meminfo") {
         Ok(text) => judge_memory(&text),
@@ -331,7 +302,5 @@ mod tests {
     fn a_missing_folder_is_judged_by_the_one_above() {
         let folder = tempfile::TempDir::new().unwrap();
         assert_eq!(existing(&folder.path().join("a/b/c")), folder.path());
-        assert_ne!(reflink(folder.path()).verdict, Verdict::Fail);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

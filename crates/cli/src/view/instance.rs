@@ -4,6 +4,7 @@ use hearth_proto::v1::{Instance, InstanceState, InstanceTypeInfo, StatusCheck};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
+use super::volume::attachment_name;
 use super::{enum_name, reason, resources, tag_value, tags, tags_cell};
 use crate::human;
 use crate::output::View;
@@ -85,7 +86,10 @@ impl View for Instance {
                 "device_name": disk.device_name,
                 "volume_id": disk.volume_id,
                 "virtual_name": disk.virtual_name,
+                // The states of instance store are those of its instance.
+                "state": (!disk.volume_id.is_empty()).then(|| attachment_name(disk.state())),
                 "size_bytes": disk.size_bytes,
+                "delete_on_termination": (!disk.volume_id.is_empty()).then_some(disk.delete_on_termination),
                 "serial": disk.serial,
             })
         };
@@ -107,6 +111,8 @@ impl View for Instance {
             "host_id": self.host_id,
             "availability_zone": self.availability_zone,
             "launch_time": self.launch_time,
+            "root_device_name": self.root_device_name,
+            "root_device_type": self.root_device_type,
             "network_interfaces": self.network_interfaces.iter().map(nic).collect::<Vec<_>>(),
             "block_devices": self.block_devices.iter().map(disk).collect::<Vec<_>>(),
             "reservation_id": self.reservation_id,
@@ -158,5 +164,36 @@ impl View for InstanceTypeInfo {
 
     fn id(&self) -> String {
         self.name.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::OutputForm;
+    use crate::output::render_one;
+    use hearth_proto::v1::{AttachmentState, BlockDevice};
+
+    #[test]
+    fn disks_show_volume_and_state() {
+        let volume = BlockDevice {
+            device_name: "/dev/sdf".into(),
+            volume_id: "vol-1".into(),
+            state: AttachmentState::Attaching.into(),
+            ..Default::default()
+        };
+        let store =
+            BlockDevice { device_name: "/dev/sdb".into(), virtual_name: "ephemeral0".into(), ..Default::default() };
+        let instance = Instance { block_devices: vec![volume, store], ..Instance::default() };
+        let value = instance.value();
+        assert_eq!(
+            (&value["block_devices"][0]["state"], &value["block_devices"][1]["state"]),
+            (&json!("attaching"), &Value::Null)
+        );
+        assert_eq!(value["block_devices"][0]["delete_on_termination"], false);
+        let fields = render_one(&instance, OutputForm::Table).unwrap();
+        assert!(fields.contains("device name /dev/sdf, volume id vol-1, state attaching"), "{fields}");
+        assert!(fields.contains("device name /dev/sdb, virtual name ephemeral0, size"), "{fields}");
+        assert_eq!(instance.cells().len(), Instance::COLUMNS.len());
     }
 }

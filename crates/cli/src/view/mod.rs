@@ -1,9 +1,14 @@
 //! What the API's objects look like in tables and as JSON.
 
 pub mod account;
+pub mod bundle;
 pub mod host;
 pub mod image;
 pub mod instance;
+pub mod snapshot;
+pub mod storage;
+pub mod task;
+pub mod volume;
 
 use hearth_proto::v1::{Resources, StateReason, Tag};
 use serde_json::{Map, Value, json};

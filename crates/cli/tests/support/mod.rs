@@ -1,5 +1,9 @@
 //! A control plane that holds a few objects in memory and does as a test says, and the built `hearth` program.
 
+#![allow(dead_code)]
+
+pub mod storage;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,7 +13,11 @@ use std::sync::{Arc, Mutex};
 use hearth_proto::v1::image_service_server::{ImageService, ImageServiceServer};
 use hearth_proto::v1::import_image_request::Message as Upload;
 use hearth_proto::v1::instance_service_server::{InstanceService, InstanceServiceServer};
+use hearth_proto::v1::snapshot_service_server::SnapshotServiceServer;
+use hearth_proto::v1::storage_service_server::StorageServiceServer;
+use hearth_proto::v1::volume_service_server::VolumeServiceServer;
 use hearth_proto::v1::*;
+pub use storage::Storage;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -34,6 +42,20 @@ pub struct State {
     pub launched: Vec<RunInstancesRequest>,
     pub modified: Vec<ModifyInstanceAttributeRequest>,
     pub listed: Vec<ListInstancesRequest>,
+    pub storage: Storage,
+    pub registered: Vec<RegisterImageRequest>,
+    pub images_created: Vec<CreateImageRequest>,
+    pub deregistered: Vec<DeregisterImageRequest>,
+    pub objects_deleted: Vec<String>,
+    pub stored: Vec<StoreImageTask>,
+    pub restored: Vec<CreateRestoreImageTaskRequest>,
+    pub replaced: Vec<CreateReplaceRootVolumeTaskRequest>,
+    pub bundles: Vec<BundleTask>,
+    pub bundles_created: Vec<CreateBundleRequest>,
+    pub bundles_cancelled: Vec<String>,
+    /// What the next export sends.
+    pub export: Vec<export_image_response::Message>,
+    pub exported: Vec<ExportImageRequest>,
     pub upload: Vec<u8>,
     pub upload_messages: usize,
     pub upload_header: Option<ImportImageHeader>,
@@ -45,7 +67,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    fn begin<T>(&self, request: &Request<T>) -> Result<std::sync::MutexGuard<'_, State>, Status> {
+    pub fn begin<T>(&self, request: &Request<T>) -> Result<std::sync::MutexGuard<'_, State>, Status> {
         let token = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         if token != Some(&format!("Bearer {TOKEN}")) {
             return Err(Status::unauthenticated("no such token"));
@@ -62,6 +84,9 @@ impl Fake {
         let address = listener.local_addr().unwrap();
         let server = tonic::transport::Server::builder()
             .add_service(InstanceServiceServer::new(self.clone()))
+            .add_service(VolumeServiceServer::new(self.clone()))
+            .add_service(SnapshotServiceServer::new(self.clone()))
+            .add_service(StorageServiceServer::new(self.clone()))
             .add_service(ImageServiceServer::new(self).accept_compressed(tonic::codec::CompressionEncoding::Zstd));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         address
@@ -91,7 +116,7 @@ fn wanted(instance: &Instance, filters: &[Filter]) -> bool {
     })
 }
 
-type Answer<T> = Result<Response<T>, Status>;
+pub type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl InstanceService for Fake {
@@ -162,6 +187,26 @@ impl InstanceService for Fake {
 
     async fn terminate_instances(&self, _: Request<TerminateInstancesRequest>) -> Answer<TerminateInstancesResponse> {
         Err(Status::unimplemented("terminate"))
+    }
+
+    async fn create_replace_root_volume_task(
+        &self,
+        request: Request<CreateReplaceRootVolumeTaskRequest>,
+    ) -> Answer<ReplaceRootVolumeTask> {
+        self.begin(&request)?.replaced.push(request.into_inner());
+        let task_id = format!("replacevol-{:017x}", 1);
+        Ok(Response::new(ReplaceRootVolumeTask { task_id, ..ReplaceRootVolumeTask::default() }))
+    }
+
+    async fn list_replace_root_volume_tasks(
+        &self,
+        request: Request<ListReplaceRootVolumeTasksRequest>,
+    ) -> Answer<ListReplaceRootVolumeTasksResponse> {
+        let _state = self.begin(&request)?;
+        let task_id = format!("replacevol-{:017x}", 1);
+        let state = ReplaceRootVolumeTaskState::Succeeded.into();
+        let tasks = vec![ReplaceRootVolumeTask { task_id, state, ..ReplaceRootVolumeTask::default() }];
+        Ok(Response::new(ListReplaceRootVolumeTasksResponse { tasks, page: None }))
     }
 
     type WatchInstancesStream = ReceiverStream<Result<Instance, Status>>;
@@ -255,12 +300,130 @@ impl ImageService for Fake {
         }))
     }
 
-    async fn get_image(&self, _: Request<GetImageRequest>) -> Answer<Image> {
-        Err(Status::unimplemented("get"))
+    async fn get_image(&self, request: Request<GetImageRequest>) -> Answer<Image> {
+        let state = self.begin(&request)?;
+        let id = &request.get_ref().image_id;
+        let found = state.images.iter().find(|image| image.image_id == *id).cloned();
+        found.map(Response::new).ok_or_else(|| Status::not_found(id))
     }
 
-    async fn deregister_image(&self, _: Request<DeregisterImageRequest>) -> Answer<DeregisterImageResponse> {
-        Err(Status::unimplemented("deregister"))
+    async fn deregister_image(&self, request: Request<DeregisterImageRequest>) -> Answer<DeregisterImageResponse> {
+        self.begin(&request)?.deregistered.push(request.into_inner());
+        Ok(Response::new(DeregisterImageResponse {}))
+    }
+
+    async fn create_bundle(&self, request: Request<CreateBundleRequest>) -> Answer<BundleTask> {
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        let task = BundleTask {
+            bundle_id: format!("bun-{:017x}", 1),
+            instance_id: request.instance_id.clone(),
+            image_id: request.image_id.clone(),
+            state: BundleTaskState::Pending.into(),
+            ..BundleTask::default()
+        };
+        state.bundles_created.push(request);
+        state.bundles = vec![BundleTask { state: BundleTaskState::Complete.into(), ..task.clone() }];
+        Ok(Response::new(task))
+    }
+
+    async fn list_bundle_tasks(&self, request: Request<ListBundleTasksRequest>) -> Answer<ListBundleTasksResponse> {
+        let state = self.begin(&request)?;
+        let ids = &request.get_ref().bundle_ids;
+        let all = state.bundles.iter().filter(|task| ids.is_empty() || ids.contains(&task.bundle_id));
+        Ok(Response::new(ListBundleTasksResponse { tasks: all.cloned().collect(), page: None }))
+    }
+
+    async fn cancel_bundle_task(&self, request: Request<CancelBundleTaskRequest>) -> Answer<BundleTask> {
+        self.begin(&request)?.bundles_cancelled.push(request.into_inner().bundle_id);
+        Ok(Response::new(BundleTask::default()))
+    }
+
+    async fn delete_bundle(&self, request: Request<DeleteBundleRequest>) -> Answer<DeleteBundleResponse> {
+        self.begin(&request)?.objects_deleted.push(request.into_inner().image_location);
+        Ok(Response::new(DeleteBundleResponse {}))
+    }
+
+    async fn delete_stored_image(
+        &self,
+        request: Request<DeleteStoredImageRequest>,
+    ) -> Answer<DeleteStoredImageResponse> {
+        self.begin(&request)?.objects_deleted.push(request.into_inner().object_key);
+        Ok(Response::new(DeleteStoredImageResponse {}))
+    }
+
+    async fn create_store_image_task(&self, request: Request<CreateStoreImageTaskRequest>) -> Answer<StoreImageTask> {
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        let task = StoreImageTask {
+            task_id: format!("storeimage-{:017x}", 1),
+            image_id: request.image_id.clone(),
+            object_key: format!("archive/1/{}/{}.bin", request.prefix, request.image_id),
+            state: StoreImageTaskState::InProgress.into(),
+            ..StoreImageTask::default()
+        };
+        state.stored = vec![StoreImageTask { state: StoreImageTaskState::Completed.into(), ..task.clone() }];
+        Ok(Response::new(task))
+    }
+
+    async fn list_store_image_tasks(
+        &self,
+        request: Request<ListStoreImageTasksRequest>,
+    ) -> Answer<ListStoreImageTasksResponse> {
+        let tasks = self.begin(&request)?.stored.clone();
+        Ok(Response::new(ListStoreImageTasksResponse { tasks, page: None }))
+    }
+
+    async fn create_restore_image_task(&self, request: Request<CreateRestoreImageTaskRequest>) -> Answer<Image> {
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        let image_id = format!("ami-{:017x}", 0xe);
+        let made = Image { image_id, name: request.name.clone(), ..Image::default() };
+        state.restored.push(request);
+        state.images.push(Image { state: ImageState::Available.into(), ..made.clone() });
+        Ok(Response::new(Image { state: ImageState::Pending.into(), ..made }))
+    }
+
+    async fn register_image(&self, request: Request<RegisterImageRequest>) -> Answer<Image> {
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        state.registered.push(request.clone());
+        Ok(Response::new(Image { image_id: format!("ami-{:017x}", 8), name: request.name, ..Image::default() }))
+    }
+
+    /// Pending at first, available when it is listed.
+    async fn create_image(&self, request: Request<CreateImageRequest>) -> Answer<Image> {
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        state.images_created.push(request.clone());
+        let mut image = Image {
+            image_id: format!("ami-{:017x}", 9),
+            name: request.name,
+            state: ImageState::Available.into(),
+            ..Image::default()
+        };
+        state.images.push(image.clone());
+        image.set_state(ImageState::Pending);
+        Ok(Response::new(image))
+    }
+
+    async fn copy_image(&self, _: Request<CopyImageRequest>) -> Answer<Image> {
+        Err(Status::unimplemented("copy"))
+    }
+
+    type ExportImageStream = ReceiverStream<Result<ExportImageResponse, Status>>;
+
+    async fn export_image(&self, request: Request<ExportImageRequest>) -> Answer<Self::ExportImageStream> {
+        let mut state = self.begin(&request)?;
+        state.exported.push(request.into_inner());
+        let (sender, receiver) = mpsc::channel(16);
+        let answers = std::mem::take(&mut state.export);
+        tokio::spawn(async move {
+            for message in answers {
+                let _ = sender.send(Ok(ExportImageResponse { message: Some(message) })).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
 

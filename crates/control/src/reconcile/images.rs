@@ -2,22 +2,24 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use hearth_proto::v1;
 use hearth_store::Txn;
 
 use crate::api_error::ApiResult;
-use crate::core::{Commit, Core};
+use crate::core::Core;
 use crate::error::ControlError;
 use crate::files;
 use crate::keys;
-use crate::life;
-use crate::service::import;
-use crate::tables::Tables;
+use crate::service::create_image::is_made_of_others;
+use crate::service::store_image::is_being_restored;
+use crate::service::{Api, import};
 
-/// Takes back imports that a crash has interrupted and removes files without a record.
-pub(crate) async fn clean_up_after_crash(core: &Core) -> Result<(), ControlError> {
-    let interrupted: Vec<_> = {
+/// Takes back imports that a crash has interrupted, finishes other snapshots that this control plane was making, and removes
+/// files without a record.
+pub(crate) async fn clean_up_after_crash(core: &Arc<Core>) -> Result<(), ControlError> {
+    let imports: Vec<_> = {
         let tables = core.tables();
         let pending = tables.images.values().filter(|entry| {
             !matches!(
@@ -25,9 +27,12 @@ pub(crate) async fn clean_up_after_crash(core: &Core) -> Result<(), ControlError
                 Some(v1::ImageState::Available | v1::ImageState::Failed)
             )
         });
-        pending.filter_map(|entry| entry.spec.clone()).collect()
+        pending
+            .filter_map(|entry| entry.spec.clone())
+            .filter(|spec| !is_made_of_others(spec) && !is_being_restored(&tables, &spec.image_id))
+            .collect()
     };
-    for spec in interrupted {
+    for spec in imports {
         tracing::warn!(image = spec.image_id, name = spec.name, "an import was interrupted; it is taken back");
         let taken = import::take_back(core, &spec).await;
         taken.map_err(|error| {
@@ -35,9 +40,15 @@ pub(crate) async fn clean_up_after_crash(core: &Core) -> Result<(), ControlError
             ControlError::Stopped("the clean-up of images")
         })?;
     }
-    remove_others(&core.config.spool_dir(), &HashSet::new())?;
-    let known: HashSet<String> = core.tables().images.keys().map(|id| format!("{id}.raw")).collect();
-    remove_others(&core.config.image_dir(), &known)
+    let interrupted = super::volumes::interrupted(&core.tables());
+    let api = Api { core: core.clone() };
+    for spec in interrupted {
+        // What cannot be finished is in error then.
+        if let Err(error) = api.finish_or_fail(&spec).await {
+            tracing::warn!(snapshot = spec.snapshot_id, %error, "an interrupted snapshot could not be finished");
+        }
+    }
+    remove_others(&core.config.spool_dir(), &HashSet::new())
 }
 
 /// Removes all files in a folder but these.
@@ -59,52 +70,41 @@ fn remove_others(folder: &Path, keep: &HashSet<String>) -> Result<(), ControlErr
     if removed { files::sync_dir(folder) } else { Ok(()) }
 }
 
-/// Images that nobody can launch from and no instance may still have to fetch.
-fn unused(tables: &Tables) -> Vec<(String, String, Txn)> {
-    if !tables.images.values().any(|entry| entry.spec.as_ref().is_some_and(|spec| spec.deregistered)) {
-        return Vec::new();
+/// Lets images go on that are made of instances and other images, and forgets deregistered ones.
+pub(crate) async fn advance(core: &Arc<Core>) -> ApiResult<()> {
+    let (pending, deregistered) = {
+        let tables = core.tables();
+        let pending: Vec<String> = tables
+            .images
+            .iter()
+            .filter(|(_, entry)| entry.spec.as_ref().is_some_and(|spec| is_made_of_others(spec) && !spec.deregistered))
+            .filter(|(_, entry)| {
+                let waits = entry.status.as_ref().is_none_or(|status| status.state() == v1::ImageState::Pending);
+                waits || entry.spec.as_ref().is_some_and(|spec| spec.restart_source)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        let deregistered: Vec<Txn> = tables
+            .images
+            .iter()
+            .filter_map(|(id, entry)| Some((id, entry.spec.as_ref().filter(|spec| spec.deregistered)?)))
+            .map(|(id, spec)| {
+                // A launch compares the same record, so either it sees the end or is seen here.
+                let key = keys::image_spec(&spec.account_id, id);
+                let txn = Txn::new().compare_mod_revision(&key, spec.revision).delete(&key);
+                txn.delete(keys::image_status(&spec.account_id, id))
+            })
+            .collect();
+        (pending, deregistered)
+    };
+    let api = Api { core: core.clone() };
+    for id in pending {
+        if let Err(error) = api.advance_image(&id).await {
+            tracing::warn!(image = id, %error, "the image cannot go on; it is tried again");
+        }
     }
-    let needed: HashSet<&str> = tables
-        .instances
-        .values()
-        .filter_map(|entry| {
-            let spec = entry.spec.as_deref()?;
-            let live = !life::state_of(spec, entry.status.as_deref()).is_final();
-            live.then(|| spec.spec.as_ref().map(|spec| spec.image_id.as_str())).flatten()
-        })
-        .collect();
-    let entries = tables.images.iter().filter_map(|(id, entry)| Some((id, entry.spec.as_ref()?)));
-    entries
-        .filter(|(id, spec)| spec.deregistered && !needed.contains(id.as_str()))
-        .map(|(id, spec)| {
-            let key = keys::image_spec(&spec.account_id, id);
-            // A launch compares the same record, so either it sees the end or is seen here.
-            let txn = Txn::new()
-                .compare_mod_revision(&key, spec.revision)
-                .delete(&key)
-                .delete(keys::image_status(&spec.account_id, id));
-            (id.clone(), spec.name.clone(), txn)
-        })
-        .collect()
-}
-
-/// Deletes the bytes of deregistered images when their last instance is gone.
-pub(crate) async fn reclaim(core: &Core) -> ApiResult<()> {
-    let unused = unused(&core.tables());
-    for (id, name, txn) in unused {
-        // The record goes first: a file without a record is removed at the next start, the opposite would be a lie.
-        if core.commit(txn).await? != Commit::Done {
-            continue;
-        }
-        let path = import::image_path(core, &id);
-        match tokio::fs::remove_file(&path).await {
-            Ok(()) => tracing::info!(image = id, name, "image deleted"),
-            // A failed import has left none.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(image = id, path = %path.display(), %error, "the image's file could not be removed")
-            }
-        }
+    for txn in deregistered {
+        core.commit(txn).await?;
     }
     Ok(())
 }

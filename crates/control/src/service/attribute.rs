@@ -3,7 +3,7 @@
 
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
-use hearth_store::Txn;
+use hearth_store::{Revision, Txn};
 use hearth_types::{InstanceId, InstanceState, InstanceType};
 
 use super::instance::{Found, find, view};
@@ -13,6 +13,7 @@ use crate::api_error::{ApiError, ApiResult};
 use crate::core::encode;
 use crate::keys;
 use crate::life;
+use crate::tables::Tables;
 
 /// A request that is in itself sound.
 struct Changes {
@@ -20,6 +21,7 @@ struct Changes {
     shutdown_behavior: Option<&'static str>,
     kind: Option<InstanceType>,
     user_data: Option<bytes::Bytes>,
+    delete_on_termination: Vec<v1::DeleteOnTermination>,
 }
 
 impl Changes {
@@ -41,6 +43,10 @@ impl Changes {
             new.disable_api_termination = disabled;
         }
         if let Some(behavior) = self.shutdown_behavior {
+            if behavior == life::SHUTDOWN_STOP && life::has_store_root(old) {
+                let message = format!("instance {id} has an instance-store root device and cannot be stopped");
+                return Err(ApiError::wrong_state("UnsupportedOperation", message).with("instance_id", id));
+            }
             behavior.clone_into(&mut new.instance_initiated_shutdown_behavior);
         }
         let mut agent_spec = new.spec.take().unwrap_or_default();
@@ -59,6 +65,32 @@ impl Changes {
     }
 }
 
+impl Changes {
+    /// New records of attached volumes.
+    fn of_volumes(&self, tables: &Tables, id: &str) -> ApiResult<Vec<(Revision, rec::VolumeSpec)>> {
+        let mut changed: Vec<(Revision, rec::VolumeSpec)> = Vec::new();
+        for wish in &self.delete_on_termination {
+            let device = &wish.device_name;
+            let volume = tables
+                .volumes
+                .values()
+                .find(|volume| volume.instance_id == id && volume.device_name == *device && !volume.replaced);
+            let Some(volume) = volume else {
+                let message = format!("instance {id} has no volume at {device:.40}");
+                return Err(ApiError::invalid("delete_on_termination", message));
+            };
+            if changed.iter().any(|(_, other)| other.volume_id == volume.volume_id) {
+                return Err(ApiError::invalid("delete_on_termination", format!("{device} is named twice")));
+            }
+            let new = rec::VolumeSpec { delete_on_termination: wish.delete_on_termination, ..(*volume.value).clone() };
+            if new != *volume.value {
+                changed.push((volume.revision, new));
+            }
+        }
+        Ok(changed)
+    }
+}
+
 /// Everything that follows from the type. A stopped instance takes no room on its host; its start claims what stands here.
 fn resize(agent_spec: &mut v1::InstanceSpec, id: &str, kind: &InstanceType) -> ApiResult<()> {
     let nics = agent_spec.network_interfaces.len();
@@ -72,7 +104,10 @@ fn resize(agent_spec: &mut v1::InstanceSpec, id: &str, kind: &InstanceType) -> A
     agent_spec.instance_type.clone_from(&kind.name);
     agent_spec.resources = Some(instance_type::resources(kind));
     agent_spec.ecu_milli_quota = kind.ecu_milli.unwrap_or(0);
-    agent_spec.instance_store = run::instance_store(kind, &parsed);
+    let number = |disk: &v1::InstanceStoreDisk| disk.virtual_name.strip_prefix("ephemeral")?.parse().ok();
+    let mapped: Vec<(String, usize)> =
+        agent_spec.instance_store.iter().filter_map(|disk| Some((disk.device_name.clone(), number(disk)?))).collect();
+    agent_spec.instance_store = run::instance_store(kind, &parsed, &mapped);
     agent_spec.network_mbps = kind.network_mbps;
     Ok(())
 }
@@ -90,6 +125,7 @@ impl Api {
             shutdown_behavior: behavior.as_deref().map(run::check_shutdown_behavior).transpose()?,
             kind: request.instance_type.map(|name| instance_type::find(&self.core, &name)).transpose()?,
             user_data: request.user_data,
+            delete_on_termination: request.delete_on_termination,
         };
         if let Some(user_data) = &changes.user_data {
             run::check_user_data(user_data)?;
@@ -97,7 +133,8 @@ impl Api {
         let nothing = changes.disable_api_termination.is_none()
             && changes.shutdown_behavior.is_none()
             && changes.kind.is_none()
-            && changes.user_data.is_none();
+            && changes.user_data.is_none()
+            && changes.delete_on_termination.is_empty();
         if nothing {
             return Err(ApiError::missing("an attribute to modify"));
         }
@@ -106,7 +143,8 @@ impl Api {
                 let found = find(tables, account, &id)?;
                 let new = changes.apply(&found)?;
                 let (old, status) = found;
-                if new == *old.value {
+                let volumes = changes.of_volumes(tables, &id)?;
+                if new == *old.value && volumes.is_empty() {
                     return Ok((None, ()));
                 }
                 // A start or a report in between may have changed the state that allowed it.
@@ -115,6 +153,10 @@ impl Api {
                     .compare_mod_revision(&key, old.revision)
                     .compare_mod_revision(&status_key, status.as_ref().map_or(0, |status| status.revision))
                     .put(&key, encode(&new));
+                let txn = volumes.iter().fold(txn, |txn, (revision, volume)| {
+                    let key = keys::volume(account, &volume.volume_id);
+                    txn.compare_mod_revision(&key, *revision).put(&key, encode(volume))
+                });
                 Ok((Some(txn), ()))
             })
             .await?;

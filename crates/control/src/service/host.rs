@@ -154,6 +154,19 @@ impl Api {
                     let message = format!("host {host} still has {} instances: {}", there.len(), there.join(", "));
                     return Err(ApiError::wrong_state("DependencyViolation", message).with("host_id", &host));
                 }
+                let data = tables.volumes_on.get(&host).into_iter().flatten();
+                let kept: Vec<&str> = data
+                    .filter(|id| tables.volumes.get(*id).is_some_and(|volume| !volume.deleting))
+                    .map(String::as_str)
+                    .collect();
+                if !kept.is_empty() && !request.force {
+                    let message = format!(
+                        "host {host} holds the only data of {} volumes: {}; attach them elsewhere, delete them, or lose them with force",
+                        kept.len(),
+                        kept.join(", ")
+                    );
+                    return Err(ApiError::wrong_state("DependencyViolation", message).with("host_id", &host));
+                }
                 let key = keys::host_spec(&host);
                 let txn = Txn::new()
                     .compare_mod_revision(&key, spec.revision)

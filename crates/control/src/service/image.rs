@@ -4,6 +4,7 @@ use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
 use hearth_types::ImageId;
+use hearth_types::volume::ROOT_DEVICE_NAME;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Api, import};
@@ -18,7 +19,21 @@ use crate::tables::{ImageEntry, Tables, Versioned};
 
 const FILTERS: [&str; 9] =
     ["image-id", "name", "description", "state", "architecture", "owner-id", "tag-key", "tag-value", "tag:"];
-const ROOT_DEVICE_NAME: &str = "/dev/sda1";
+
+/// The device that instances of an image boot from.
+pub(crate) fn root_device_name(spec: &rec::ImageSpec) -> String {
+    match spec.root_device_name.as_str() {
+        "" => ROOT_DEVICE_NAME.to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+/// The snapshot of its root disk.
+pub(crate) fn root_snapshot(spec: &rec::ImageSpec) -> Option<&str> {
+    let root = root_device_name(spec);
+    let mapping = spec.block_device_mappings.iter().find(|mapping| mapping.device_name == root)?;
+    mapping.ebs.as_ref().map(|ebs| ebs.snapshot_id.as_str()).filter(|id| !id.is_empty())
+}
 
 pub(crate) fn view(spec: &rec::ImageSpec, status: Option<&rec::ImageStatus>) -> v1::Image {
     let status = status.cloned().unwrap_or_default();
@@ -36,11 +51,13 @@ pub(crate) fn view(spec: &rec::ImageSpec, status: Option<&rec::ImageStatus>) -> 
         state_reason: status.reason,
         architecture: "x86_64".to_owned(),
         size_bytes: status.size_bytes,
-        sha256: status.sha256,
         boot: spec.boot.clone(),
         tags: spec.tags.clone(),
         creation_date: clock::rfc3339(spec.created_ms),
-        root_device_name: ROOT_DEVICE_NAME.to_owned(),
+        root_device_name: root_device_name(spec),
+        root_device_type: if spec.image_location.is_empty() { "ebs" } else { "instance-store" }.to_owned(),
+        block_device_mappings: spec.block_device_mappings.clone(),
+        image_location: spec.image_location.clone(),
     }
 }
 
@@ -53,7 +70,7 @@ fn state_name(state: v1::ImageState) -> &'static str {
     }
 }
 
-fn check_id(id: &str) -> ApiResult<()> {
+pub(crate) fn check_id(id: &str) -> ApiResult<()> {
     match id.parse::<ImageId>() {
         Ok(_) => Ok(()),
         Err(error) => Err(ApiError::malformed_id("InvalidAMIID.Malformed", "image_id", &error)),
@@ -128,10 +145,13 @@ impl Api {
         Ok(v1::ListImagesResponse { images, page })
     }
 
-    async fn do_deregister_image(&self, account: &str, id: &str) -> ApiResult<()> {
+    async fn do_deregister_image(&self, account: &str, id: &str, with_snapshots: bool) -> ApiResult<()> {
+        let mut snapshots = Vec::new();
         self.core
             .update(|tables| {
                 let spec = find_own(tables, account, id)?;
+                let of_mappings = spec.block_device_mappings.iter().filter_map(|mapping| mapping.ebs.as_ref());
+                snapshots = of_mappings.map(|ebs| ebs.snapshot_id.clone()).filter(|id| !id.is_empty()).collect();
                 let entry = tables.images.get(id);
                 let state = entry.and_then(|entry| entry.status.as_ref()).map(|status| status.state());
                 if matches!(state, None | Some(v1::ImageState::Pending)) {
@@ -147,7 +167,14 @@ impl Api {
                 }
                 Ok((Some(txn), ()))
             })
-            .await
+            .await?;
+        for snapshot in snapshots.iter().filter(|_| with_snapshots) {
+            // One that another image stands on, or that is gone, stays as it is.
+            if let Err(error) = self.do_delete_snapshot(account, snapshot).await {
+                tracing::info!(image = id, snapshot, %error, "a snapshot of the deregistered image stays");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -161,6 +188,110 @@ impl v1::image_service_server::ImageService for Api {
     ) -> Result<Response<Self::ImportImageStream>, Status> {
         let account = auth::caller(&request)?.account_id;
         Ok(Response::new(import::start(self.core.clone(), account, request.into_inner()).await?))
+    }
+
+    async fn register_image(&self, request: Request<v1::RegisterImageRequest>) -> Result<Response<v1::Image>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_register_image(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    async fn create_image(&self, request: Request<v1::CreateImageRequest>) -> Result<Response<v1::Image>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_create_image(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    async fn copy_image(&self, request: Request<v1::CopyImageRequest>) -> Result<Response<v1::Image>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_copy_image(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    async fn create_bundle(
+        &self,
+        request: Request<v1::CreateBundleRequest>,
+    ) -> Result<Response<v1::BundleTask>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_create_bundle(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    async fn list_bundle_tasks(
+        &self,
+        request: Request<v1::ListBundleTasksRequest>,
+    ) -> Result<Response<v1::ListBundleTasksResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_bundle_tasks(&account, request.into_inner())?))
+    }
+
+    async fn cancel_bundle_task(
+        &self,
+        request: Request<v1::CancelBundleTaskRequest>,
+    ) -> Result<Response<v1::BundleTask>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_cancel_bundle(&account, &request.into_inner().bundle_id).await?))
+    }
+
+    async fn delete_bundle(
+        &self,
+        request: Request<v1::DeleteBundleRequest>,
+    ) -> Result<Response<v1::DeleteBundleResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, location) = (self.clone(), request.into_inner().image_location);
+        super::detached(&self.core, async move { api.do_delete_bundle(account, location).await }).await?;
+        Ok(Response::new(v1::DeleteBundleResponse {}))
+    }
+
+    async fn delete_stored_image(
+        &self,
+        request: Request<v1::DeleteStoredImageRequest>,
+    ) -> Result<Response<v1::DeleteStoredImageResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        self.do_delete_stored(&account, &request.into_inner().object_key).await?;
+        Ok(Response::new(v1::DeleteStoredImageResponse {}))
+    }
+
+    async fn create_store_image_task(
+        &self,
+        request: Request<v1::CreateStoreImageTaskRequest>,
+    ) -> Result<Response<v1::StoreImageTask>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_store_image(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    async fn list_store_image_tasks(
+        &self,
+        request: Request<v1::ListStoreImageTasksRequest>,
+    ) -> Result<Response<v1::ListStoreImageTasksResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_store_tasks(&account, request.into_inner())?))
+    }
+
+    async fn create_restore_image_task(
+        &self,
+        request: Request<v1::CreateRestoreImageTaskRequest>,
+    ) -> Result<Response<v1::Image>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        let (api, request) = (self.clone(), request.into_inner());
+        let made = super::detached(&self.core, async move { api.do_restore_image(account, request).await });
+        Ok(Response::new(made.await?))
+    }
+
+    type ExportImageStream = super::export::ExportStream;
+
+    async fn export_image(
+        &self,
+        request: Request<v1::ExportImageRequest>,
+    ) -> Result<Response<Self::ExportImageStream>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_export_image(&account, request.into_inner()).await?))
     }
 
     async fn list_images(
@@ -183,7 +314,8 @@ impl v1::image_service_server::ImageService for Api {
         request: Request<v1::DeregisterImageRequest>,
     ) -> Result<Response<v1::DeregisterImageResponse>, Status> {
         let account = auth::caller(&request)?.account_id;
-        self.do_deregister_image(&account, &request.into_inner().image_id).await?;
+        let request = request.into_inner();
+        self.do_deregister_image(&account, &request.image_id, request.delete_associated_snapshots).await?;
         Ok(Response::new(v1::DeregisterImageResponse {}))
     }
 }

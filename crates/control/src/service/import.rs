@@ -1,8 +1,8 @@
-//! Importing images: upload to a spool file, conversion to a raw disk, registration.
+//! Importing images: upload to a spool file, conversion to a snapshot, registration.
 //!
-//! The image's records stand in state `pending` from the first message on, so its name and client token are taken. An upload that
-//! breaks off takes everything back, as does a crash (at the next start); a file that is no usable image ends in state
-//! `failed` with the reason. The raw disk appears whole under its final name before the record says `available`.
+//! The records of image and snapshot stand in state `pending` from the first message on, so name and client token are taken. An
+//! upload that breaks off takes everything back, as does a crash (at the next start); a file that is no usable image ends in
+//! state `failed` with the reason. The snapshot is whole in the object store before the records say so.
 
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
-use hearth_snapshot::{Converted, Format, ImageError, Limits};
+use hearth_snapshot::{Epoch, Format, ImageError, ImportRequest, Imported, Limits, SnapshotKey, StorageError};
 use hearth_store::Txn;
+use hearth_types::volume::GIB;
 use hearth_types::{ImageId, StateReason};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
@@ -23,12 +24,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::idempotency::ClientToken;
-use super::image;
+use super::{image, snapshot};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode, id_value};
 use crate::keys;
+use crate::storage;
 use crate::tables::SCHEMA_VERSION;
 
 pub(crate) type ImportStream = Pin<Box<dyn Stream<Item = Result<v1::ImportImageResponse, Status>> + Send>>;
@@ -42,11 +44,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(300);
 const UPLOAD_PROGRESS_BYTES: u64 = 16 << 20;
 const MAX_DESCRIPTION_CHARS: usize = 1000;
 const MAX_CMDLINE_CHARS: usize = 1500;
-
-/// File of an image's raw disk.
-pub(crate) fn image_path(core: &Core, id: &str) -> PathBuf {
-    core.config.image_dir().join(format!("{id}.raw"))
-}
 
 /// File of an unfinished upload.
 fn spool_path(core: &Core, id: &str) -> PathBuf {
@@ -67,7 +64,8 @@ pub(crate) async fn start(
     let format = check_header(&core, &header)?;
     let params = v1::ImportImageHeader { client_token: String::new(), ..header.clone() };
     let token = ClientToken::new(&account, CALL, &header.client_token, &params);
-    if let Some(image) = replay(&core, &account, token.as_ref())? {
+    let replayed = replay(&core.tables(), token.as_ref(), &account)?;
+    if let Some(image) = replayed {
         return Ok(Box::pin(tokio_stream::once(Ok(image))));
     }
     let Ok(permit) = core.imports.clone().try_acquire_owned() else {
@@ -86,22 +84,19 @@ pub(crate) async fn start(
         boot: header.boot,
         tags: header.tags,
         created_ms: clock::now_ms(),
-        deregistered: false,
         client_token: header.client_token,
+        ..Default::default()
     };
     let worker_core = core.clone();
-    let begun =
-        super::detached(
-            &worker_core,
-            async move { reserve(&core, &spec, token.as_ref()).await.map(|image| (spec, image)) },
-        );
-    let (spec, replayed) = begun.await?;
-    if let Some(image) = replayed {
-        return Ok(Box::pin(tokio_stream::once(Ok(image))));
-    }
+    let begun = super::detached(&worker_core, async move { reserve(&core, spec, token.as_ref()).await });
+    let (spec, snapshot) = match begun.await? {
+        Reserved::New(spec, snapshot) => (*spec, *snapshot),
+        Reserved::Replayed(image) => return Ok(Box::pin(tokio_stream::once(Ok(*image)))),
+    };
     let (answers, stream) = mpsc::channel(16);
     let tasks = worker_core.tasks.clone();
-    let job = Job { core: worker_core, spec, file_bytes: header.file_bytes, format, answers, _permit: permit };
+    let job =
+        Job { core: worker_core, spec, snapshot, file_bytes: header.file_bytes, format, answers, _permit: permit };
     tasks.spawn(job.run(messages));
     Ok(Box::pin(ReceiverStream::new(stream)))
 }
@@ -123,10 +118,7 @@ fn check_header(core: &Core, header: &v1::ImportImageHeader) -> ApiResult<Option
     check::text("description", &header.description, MAX_DESCRIPTION_CHARS)?;
     check::tags(&header.tags)?;
     check::client_token(&header.client_token)?;
-    if let Some(boot) = &header.boot {
-        check::text("boot.extra_cmdline", &boot.extra_cmdline, MAX_CMDLINE_CHARS)?;
-        check::text("boot.cmdline", &boot.cmdline, MAX_CMDLINE_CHARS)?;
-    }
+    check_boot(header.boot.as_ref())?;
     let most = core.config.max_image_bytes;
     if header.file_bytes == 0 || header.file_bytes > most {
         return Err(ApiError::invalid("file_bytes", format!("is {}, must be 1..={most}", header.file_bytes)));
@@ -137,46 +129,85 @@ fn check_header(core: &Core, header: &v1::ImportImageHeader) -> ApiResult<Option
     }
 }
 
+/// Kernel command lines have an end.
+pub(crate) fn check_boot(boot: Option<&v1::BootOverride>) -> ApiResult<()> {
+    let Some(boot) = boot else { return Ok(()) };
+    check::text("boot.extra_cmdline", &boot.extra_cmdline, MAX_CMDLINE_CHARS)?;
+    check::text("boot.cmdline", &boot.cmdline, MAX_CMDLINE_CHARS)
+}
+
 /// The answer of an earlier call with this token.
-fn replay(core: &Core, account: &str, token: Option<&ClientToken>) -> ApiResult<Option<v1::ImportImageResponse>> {
-    let tables = core.tables();
-    let Some(ids) = token.map(|token| token.replay(&tables)).transpose()?.flatten() else { return Ok(None) };
+fn replay(
+    tables: &crate::tables::Tables,
+    token: Option<&ClientToken>,
+    account: &str,
+) -> ApiResult<Option<v1::ImportImageResponse>> {
+    let Some(ids) = token.map(|token| token.replay(tables)).transpose()?.flatten() else { return Ok(None) };
     let id = ids.first().map_or("", String::as_str);
-    let (spec, status) = image::find(&tables, account, id)?;
+    let (spec, status) = image::find(tables, account, id)?;
     Ok(Some(v1::ImportImageResponse { progress: None, image: Some(image::view(spec, status)) }))
 }
 
-/// Takes the name and the token; `Some` when another call with the same token was faster.
-async fn reserve(
-    core: &Core,
-    spec: &rec::ImageSpec,
-    token: Option<&ClientToken>,
-) -> ApiResult<Option<v1::ImportImageResponse>> {
-    let (account, id) = (&spec.account_id, &spec.image_id);
-    let name_key = keys::image_name(account, &spec.name);
-    let status = rec::ImageStatus {
-        schema_version: SCHEMA_VERSION,
-        state: v1::ImageState::Pending.into(),
-        ..Default::default()
-    };
-    let mut txn = Txn::new()
-        .compare_absent(&name_key)
-        .put(&name_key, id_value(id))
-        .put(keys::image_spec(account, id), encode(spec))
-        .put(keys::image_status(account, id), encode(&status));
-    if let Some(token) = token {
-        txn = token.record(txn, std::slice::from_ref(id));
-    }
-    match core.commit(txn).await? {
-        Commit::Done => Ok(None),
-        Commit::Conflict(_) => match replay(core, account, token)? {
-            Some(image) => Ok(Some(image)),
-            None => {
-                let message = format!("there is an image named '{}' already", spec.name);
-                Err(ApiError::duplicate("InvalidAMIName.Duplicate", message).with("name", &spec.name))
+/// How taking the name ended.
+enum Reserved {
+    New(Box<rec::ImageSpec>, Box<rec::SnapshotSpec>),
+    /// Another call with the same token was faster.
+    Replayed(Box<v1::ImportImageResponse>),
+}
+
+/// Takes name and token and opens the upload of the snapshot.
+async fn reserve(core: &Core, mut spec: rec::ImageSpec, token: Option<&ClientToken>) -> ApiResult<Reserved> {
+    for _ in 0..super::MAX_ATTEMPTS {
+        let (account, id) = (spec.account_id.clone(), spec.image_id.clone());
+        let name_key = keys::image_name(&account, &spec.name);
+        let (snapshot, txn) = {
+            let tables = core.tables();
+            if let Some(image) = replay(&tables, token, &account)? {
+                return Ok(Reserved::Replayed(Box::new(image)));
             }
-        },
+            if taken(&tables, &account, &spec.name) {
+                let message = format!("there is an image named '{}' already", spec.name);
+                return Err(ApiError::duplicate("InvalidAMIName.Duplicate", message).with("name", &spec.name));
+            }
+            let order = snapshot::order(&account, format!("Imported for {id}"), Vec::new(), String::new())?;
+            let volume = rec::VolumeSpec { volume_id: snapshot::NO_VOLUME.to_owned(), ..Default::default() };
+            let snapshot = snapshot::new_record(&tables, &order, &volume)?;
+            (snapshot, storage::guard_epoch(Txn::new(), &tables))
+        };
+        let root = v1::EbsBlockDevice { snapshot_id: snapshot.snapshot_id.clone(), ..Default::default() };
+        spec.block_device_mappings = vec![v1::BlockDeviceMapping {
+            device_name: image::root_device_name(&spec),
+            ebs: Some(root),
+            ..Default::default()
+        }];
+        let status = rec::ImageStatus {
+            schema_version: SCHEMA_VERSION,
+            state: v1::ImageState::Pending.into(),
+            ..Default::default()
+        };
+        let mut txn = txn
+            .compare_absent(&name_key)
+            .put(&name_key, id_value(&id))
+            .put(keys::snapshot_spec(&account, &snapshot.snapshot_id), encode(&snapshot))
+            .put(keys::image_spec(&account, &id), encode(&spec))
+            .put(keys::image_status(&account, &id), encode(&status));
+        if let Some(token) = token {
+            txn = token.record(txn, std::slice::from_ref(&id));
+        }
+        if core.commit(txn).await? == Commit::Done {
+            return Ok(Reserved::New(Box::new(spec), Box::new(snapshot)));
+        }
     }
+    Err(ApiError::unavailable("too many changes at the same time; try again"))
+}
+
+/// Whether the account has an image of this name.
+pub(crate) fn taken(tables: &crate::tables::Tables, account: &str, name: &str) -> bool {
+    tables.images.values().any(|entry| {
+        let named = |spec: &rec::ImageSpec| spec.account_id == account && spec.name == name && !spec.deregistered;
+        let failed = entry.status.as_ref().is_some_and(|status| status.state() == v1::ImageState::Failed);
+        !failed && entry.spec.as_deref().is_some_and(named)
+    })
 }
 
 /// Why an import ended without an image.
@@ -196,6 +227,7 @@ impl From<ApiError> for Failure {
 struct Job {
     core: Arc<Core>,
     spec: rec::ImageSpec,
+    snapshot: rec::SnapshotSpec,
     file_bytes: u64,
     format: Option<Format>,
     answers: mpsc::Sender<Result<v1::ImportImageResponse, Status>>,
@@ -224,7 +256,7 @@ impl Job {
         let _ = self.answers.send(answer).await;
     }
 
-    async fn import(&self, messages: Streaming<v1::ImportImageRequest>, spool: &Path) -> Result<Converted, Failure> {
+    async fn import(&self, messages: Streaming<v1::ImportImageRequest>, spool: &Path) -> Result<Imported, Failure> {
         tokio::select! {
             uploaded = self.upload(messages, spool) => uploaded?,
             () = self.core.stop.cancelled() => return Err(ApiError::unavailable("the control plane is stopping").into()),
@@ -276,27 +308,29 @@ impl Job {
         Ok(())
     }
 
-    async fn convert(&self, spool: &Path) -> Result<Converted, Failure> {
+    async fn convert(&self, spool: &Path) -> Result<Imported, Failure> {
         let done = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
-        let (counter, input) = (done.clone(), spool.to_owned());
-        let output = image_path(&self.core, &self.spec.image_id);
-        let format = self.format;
-        let limits = Limits { max_virtual_bytes: self.core.config.max_image_bytes };
-        let mut work = tokio::task::spawn_blocking(move || {
-            hearth_snapshot::convert_with_limits(&input, format, &output, limits, &|bytes, all| {
-                counter.0.store(bytes, Ordering::Relaxed);
-                counter.1.store(all, Ordering::Relaxed);
-            })
-        });
+        let counter = done.clone();
+        let store = self.core.storage.chunks(&self.snapshot.key_domain)?;
+        let request = ImportRequest {
+            path: spool.to_owned(),
+            format: self.format,
+            limits: Limits { max_virtual_bytes: self.core.config.max_image_bytes },
+            id: SnapshotKey::new(&self.snapshot.snapshot_id).map_err(|error| ApiError::internal(error.to_string()))?,
+            epoch: Epoch(self.snapshot.epoch),
+        };
+        let work = hearth_snapshot::import(
+            &store,
+            request,
+            Arc::new(move |progress| {
+                counter.0.store(progress.bytes_done, Ordering::Relaxed);
+                counter.1.store(progress.bytes_total, Ordering::Relaxed);
+            }),
+        );
+        tokio::pin!(work);
         loop {
             tokio::select! {
-                result = &mut work => {
-                    return match result {
-                        Ok(Ok(converted)) => Ok(converted),
-                        Ok(Err(error)) => Err(classify(&error)),
-                        Err(error) => Err(ApiError::internal(format!("conversion ended unexpectedly: {error}")).into()),
-                    };
-                }
+                result = &mut work => return result.map_err(|error| classify(&error)),
                 () = tokio::time::sleep(PROGRESS_INTERVAL) => {
                     self.tell("converting", done.0.load(Ordering::Relaxed), done.1.load(Ordering::Relaxed));
                 }
@@ -311,32 +345,64 @@ impl Job {
     }
 
     /// Writes how it ended.
-    async fn finish(&self, outcome: Result<Converted, String>) -> Result<v1::ImportImageResponse, Status> {
+    async fn finish(&self, outcome: Result<Imported, String>) -> Result<v1::ImportImageResponse, Status> {
         let spec = &self.spec;
         let (account, id) = (&spec.account_id, &spec.image_id);
+        let spec_key = keys::image_spec(account, id);
+        let snapshot_key = keys::snapshot_spec(account, &self.snapshot.snapshot_id);
         let mut status = rec::ImageStatus { schema_version: SCHEMA_VERSION, ..Default::default() };
-        let mut txn = Txn::new();
         match &outcome {
-            Ok(converted) => {
+            Ok(imported) => {
                 status.set_state(v1::ImageState::Available);
-                status.size_bytes = converted.virtual_bytes;
-                status.sha256.clone_from(&converted.sha256);
+                status.size_bytes = imported.virtual_bytes;
             }
             Err(why) => {
                 status.set_state(v1::ImageState::Failed);
                 let code = StateReason::INVALID_IMAGE.to_owned();
                 status.reason = Some(v1::StateReason { code, message: why.clone() });
-                txn = txn.delete(keys::image_name(account, &spec.name));
             }
         }
-        let key = keys::image_status(account, id);
-        let txn = txn.compare_exists(keys::image_spec(account, id)).put(&key, encode(&status));
-        self.core.commit(txn).await?;
+        self.core
+            .update(|tables| {
+                // Tags may have changed meanwhile.
+                let Some(known) = tables.images.get(id).and_then(|entry| entry.spec.as_ref()) else {
+                    return Err(ApiError::unavailable("the image was taken back"));
+                };
+                let mut txn = Txn::new()
+                    .compare_mod_revision(&spec_key, known.revision)
+                    .put(keys::image_status(account, id), encode(&status));
+                let Ok(imported) = &outcome else {
+                    return Ok((Some(txn.delete(keys::image_name(account, &spec.name)).delete(&snapshot_key)), ()));
+                };
+                let mut image = (*known.value).clone();
+                for ebs in image.block_device_mappings.iter_mut().filter_map(|mapping| mapping.ebs.as_mut()) {
+                    ebs.volume_size_bytes = imported.virtual_bytes.next_multiple_of(GIB);
+                    ebs.volume_type = super::volume::DEFAULT_TYPE.name().to_owned();
+                    ebs.delete_on_termination = Some(true);
+                }
+                let snapshot = rec::SnapshotSpec { volume_bytes: imported.virtual_bytes, ..self.snapshot.clone() };
+                let content = imported.manifest.present_chunks * hearth_snapshot::CHUNK_BYTES as u64;
+                let completed = rec::SnapshotStatus {
+                    schema_version: SCHEMA_VERSION,
+                    state: v1::SnapshotState::Completed.into(),
+                    frozen: true,
+                    root: imported.manifest.root_hash.to_string(),
+                    incremental_bytes: imported.chunks.chunks_written * hearth_snapshot::CHUNK_BYTES as u64,
+                    full_bytes: content,
+                    completed_ms: clock::now_ms(),
+                    ..Default::default()
+                };
+                txn = txn
+                    .put(&spec_key, encode(&image))
+                    .put(&snapshot_key, encode(&snapshot))
+                    .put(keys::snapshot_status(account, &snapshot.snapshot_id), encode(&completed));
+                Ok((Some(txn), ()))
+            })
+            .await?;
         match outcome {
             Ok(_) => tracing::info!(image = id, name = spec.name, bytes = status.size_bytes, "image available"),
             Err(why) => tracing::warn!(image = id, name = spec.name, why, "import failed"),
         }
-        // Tags may have changed meanwhile.
         let tables = self.core.tables();
         let (spec, status) = image::find(&tables, account, id)?;
         Ok(v1::ImportImageResponse { progress: None, image: Some(image::view(spec, status)) })
@@ -344,10 +410,10 @@ impl Job {
 }
 
 /// Tells a file that is no good from a server that cannot work.
-fn classify(error: &ImageError) -> Failure {
+fn classify(error: &StorageError) -> Failure {
     match error {
-        ImageError::Io { .. } => Failure::TakeBack(ApiError::internal(format!("conversion: {error}"))),
-        error => Failure::BadImage(error.to_string()),
+        StorageError::Image(image) if !matches!(image, ImageError::Io { .. }) => Failure::BadImage(image.to_string()),
+        error => Failure::TakeBack(ApiError::internal(format!("conversion: {error}"))),
     }
 }
 
@@ -358,6 +424,11 @@ pub(crate) async fn take_back(core: &Core, spec: &rec::ImageSpec) -> ApiResult<(
         .delete(keys::image_name(account, &spec.name))
         .delete(keys::image_spec(account, id))
         .delete(keys::image_status(account, id));
+    for ebs in spec.block_device_mappings.iter().filter_map(|mapping| mapping.ebs.as_ref()) {
+        txn = txn
+            .delete(keys::snapshot_spec(account, &ebs.snapshot_id))
+            .delete(keys::snapshot_status(account, &ebs.snapshot_id));
+    }
     if !spec.client_token.is_empty() {
         txn = txn.delete(keys::client_token(account, CALL, &spec.client_token));
     }

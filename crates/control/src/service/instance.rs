@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
-use hearth_types::{InstanceId, InstanceState, VolumeId};
+use hearth_types::{InstanceId, InstanceState};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -18,6 +18,7 @@ use crate::core::Core;
 use crate::life;
 use crate::paging::Pager;
 use crate::tables::{Tables, Versioned, account_of};
+use crate::volumes;
 
 const FILTERS: [&str; 20] = [
     "instance-id",
@@ -112,27 +113,44 @@ fn status_checks(
     (C::Ok, instance)
 }
 
-fn block_devices(agent_spec: &v1::InstanceSpec) -> Vec<v1::BlockDevice> {
-    let serial = agent_spec.root_volume_id.parse::<VolumeId>().map(|id| id.serial()).unwrap_or_default();
-    let root = v1::BlockDevice {
-        device_name: "/dev/sda1".to_owned(),
-        volume_id: agent_spec.root_volume_id.clone(),
-        virtual_name: String::new(),
-        size_bytes: agent_spec.root_volume_bytes,
-        serial,
-    };
-    let store = agent_spec.instance_store.iter().zip('b'..='z').map(|(disk, letter)| v1::BlockDevice {
-        device_name: format!("/dev/sd{letter}"),
-        volume_id: String::new(),
+/// Instance-store disks as block devices.
+pub(crate) fn instance_store_devices(agent_spec: &v1::InstanceSpec) -> Vec<v1::BlockDevice> {
+    let device = |disk: &v1::InstanceStoreDisk| v1::BlockDevice {
+        device_name: disk.device_name.clone(),
         virtual_name: disk.virtual_name.clone(),
         size_bytes: disk.size_bytes,
         serial: disk.serial.clone(),
-    });
-    std::iter::once(root).chain(store).collect()
+        ..Default::default()
+    };
+    agent_spec.instance_store.iter().map(device).collect()
 }
 
-/// An instance as the API shows it.
+fn block_devices(
+    spec: &rec::InstanceSpec,
+    status: Option<&rec::InstanceStatus>,
+    tables: &Tables,
+) -> Vec<v1::BlockDevice> {
+    let agent_spec = spec.spec.clone().unwrap_or_default();
+    let device = |attached: &v1::AttachedVolume| {
+        let id = volumes::id_of(attached);
+        let state = volumes::attachment_state(spec, status, id);
+        v1::BlockDevice {
+            device_name: attached.device_name.clone(),
+            volume_id: id.to_owned(),
+            virtual_name: String::new(),
+            size_bytes: attached.volume.as_ref().map_or(0, |volume| volume.size_bytes),
+            serial: volumes::serial(id),
+            state: volumes::attachment_to_proto(state).into(),
+            delete_on_termination: tables.volumes.get(id).is_some_and(|volume| volume.delete_on_termination),
+        }
+    };
+    let volumes = agent_spec.volumes.iter().map(device);
+    volumes.chain(instance_store_devices(&agent_spec)).collect()
+}
+
+/// An instance as the API shows it. The tables must not be held.
 pub(crate) fn view(core: &Core, spec: &rec::InstanceSpec, status: Option<&rec::InstanceStatus>) -> v1::Instance {
+    let devices = block_devices(spec, status, &core.tables());
     let agent_spec = spec.spec.clone().unwrap_or_default();
     let state = life::state_of(spec, status);
     let (system_status, instance_status) = status_checks(core, spec, status, state);
@@ -144,7 +162,7 @@ pub(crate) fn view(core: &Core, spec: &rec::InstanceSpec, status: Option<&rec::I
         state_reason: spec.reason.clone().or_else(|| status.and_then(|status| status.reason.clone())),
         state_transition_reason: spec.transition_reason.clone(),
         host_id: spec.host_id.clone(),
-        block_devices: if gone { Vec::new() } else { block_devices(&agent_spec) },
+        block_devices: if gone { Vec::new() } else { devices },
         network_interfaces: if gone { Vec::new() } else { agent_spec.network_interfaces },
         launch_time: clock::rfc3339(spec.launched_ms),
         system_status: system_status.into(),
@@ -161,6 +179,8 @@ pub(crate) fn view(core: &Core, spec: &rec::InstanceSpec, status: Option<&rec::I
         tags: agent_spec.tags,
         ami_launch_index: agent_spec.ami_launch_index,
         availability_zone: agent_spec.availability_zone,
+        root_device_type: if agent_spec.bundle_root.is_some() { "instance-store" } else { "ebs" }.to_owned(),
+        root_device_name: agent_spec.root_device_name,
     }
 }
 
@@ -299,6 +319,22 @@ impl v1::instance_service_server::InstanceService for Api {
     ) -> Answer<v1::Instance> {
         let account = auth::caller(&request)?.account_id;
         Ok(Response::new(self.do_modify_instance_attribute(&account, request.into_inner()).await?))
+    }
+
+    async fn create_replace_root_volume_task(
+        &self,
+        request: Request<v1::CreateReplaceRootVolumeTaskRequest>,
+    ) -> Result<Response<v1::ReplaceRootVolumeTask>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_replace_root(&account, request.into_inner()).await?))
+    }
+
+    async fn list_replace_root_volume_tasks(
+        &self,
+        request: Request<v1::ListReplaceRootVolumeTasksRequest>,
+    ) -> Result<Response<v1::ListReplaceRootVolumeTasksResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_replacements(&account, request.into_inner())?))
     }
 
     type WatchInstancesStream = Pin<Box<dyn Stream<Item = Result<v1::Instance, Status>> + Send>>;

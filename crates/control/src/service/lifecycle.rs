@@ -16,6 +16,7 @@ use crate::core::{Commit, encode};
 use crate::keys;
 use crate::life;
 use crate::tables::Tables;
+use crate::volumes;
 
 /// Attempts of a start when instances change under the call.
 const MAX_ATTEMPTS: u32 = 20;
@@ -89,6 +90,12 @@ impl Api {
     ) -> ApiResult<Vec<v1::InstanceStateChange>> {
         let (reason, text) = life::by_user(clock::now_ms());
         self.change_instances(account, ids, |spec, state| match state {
+            InstanceState::Pending | InstanceState::Running if life::has_store_root(spec) => {
+                let id = &spec.instance_id;
+                let message =
+                    format!("the instance '{id}' does not have an 'ebs' root device type and cannot be stopped");
+                Err(ApiError::wrong_state("UnsupportedOperation", message).with("instance_id", id))
+            }
             InstanceState::Pending | InstanceState::Running => {
                 Ok(Some(life::want(spec, v1::RunState::Stopped, force, reason.clone(), text.clone())))
             }
@@ -158,13 +165,26 @@ impl Api {
     ) -> ApiResult<(Option<Txn>, Vec<v1::InstanceStateChange>)> {
         let found = find_all(tables, account, ids)?;
         let mut books = self.core.placement(tables);
-        plan(&found, |spec, state| match state {
+        let mut opened = Vec::new();
+        let (txn, changes) = plan(&found, |spec, state| match state {
             InstanceState::Pending | InstanceState::Running => Ok(None),
             InstanceState::Stopped => {
+                let agent_spec = spec.spec.clone().unwrap_or_default();
+                let root = &agent_spec.root_device_name;
+                let has_root = agent_spec.volumes.iter().any(|slot| slot.device_name == *root);
+                if agent_spec.bundle_root.is_none() && !has_root {
+                    let message =
+                        format!("instance {} has no volume attached at its root device {root}", spec.instance_id);
+                    return Err(
+                        ApiError::wrong_state("IncorrectInstanceState", message).with("instance_id", &spec.instance_id)
+                    );
+                }
                 books.readmit(tables, spec).map_err(|error| {
                     let host = &spec.host_id;
                     error.with("instance_id", &spec.instance_id).with("host_id", host)
                 })?;
+                let slots = agent_spec.volumes.iter().filter_map(|slot| tables.volumes.get(volumes::id_of(slot)));
+                opened.extend(slots.filter(|volume| !volume.opened).cloned());
                 let mut new = life::want(spec, v1::RunState::Running, false, None, String::new());
                 // EC2 gives a started instance a new launch time.
                 new.launched_ms = clock::now_ms();
@@ -174,7 +194,18 @@ impl Api {
                 Ok(Some(new))
             }
             state => Err(wrong_state(&spec.instance_id, state, "started")),
-        })
+        })?;
+        let txn = opened.iter().fold(txn, |txn, volume| {
+            let new = rec::VolumeSpec { opened: true, ..(*volume.value).clone() };
+            let key = keys::volume(&volume.account_id, &volume.volume_id);
+            txn.map(|txn| txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&new)))
+        });
+        const MOST: usize = hearth_store::limits::MAX_TXN_OPS - 4;
+        if txn.as_ref().is_some_and(|txn| txn.compares.len() > MOST || txn.ops.len() > MOST) {
+            let message = "too many instances with volumes that were never open; name fewer in one call";
+            return Err(ApiError::invalid("instance_ids", message));
+        }
+        Ok((txn, changes))
     }
 
     /// An account's instance that is running, for consoles.

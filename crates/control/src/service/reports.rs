@@ -14,6 +14,7 @@ use crate::keys;
 use crate::life::{self, Change, Origin};
 use crate::placement;
 use crate::tables::{SCHEMA_VERSION, Versioned, account_of};
+use crate::volumes;
 
 const MAX_ATTEMPTS: u32 = 20;
 /// Longest reason text that is kept, in characters.
@@ -141,7 +142,9 @@ async fn elsewhere(
 /// Writes a change; `false` when the records have changed meanwhile.
 async fn commit_change(core: &Arc<Core>, spec: &Spec, status: &InstanceStatus, change: Change) -> ApiResult<bool> {
     let id = spec.instance_id.as_str();
+    // The host of a volume with content is the only one that can run its instance.
     if change.refused
+        && volumes::are_untouched(spec)
         && let Some((txn, _claim)) = replace(core, spec, status)
     {
         return core.commit(txn).await.map(|outcome| outcome == Commit::Done);
@@ -168,6 +171,19 @@ async fn commit_change(core: &Arc<Core>, spec: &Spec, status: &InstanceStatus, c
     if ended {
         txn = release_addresses(txn, spec);
     }
+    let txn = {
+        let tables = core.tables();
+        let left = tables.volumes.values().filter(|volume| volume.instance_id == id);
+        left.fold(txn, |txn, volume| {
+            let new = match (ended, change.detached.contains(&volume.volume_id)) {
+                (true, _) => volumes::instance_ended(volume),
+                (false, true) => volumes::detached(volume),
+                (false, false) => return txn,
+            };
+            let key = keys::volume(&volume.account_id, &volume.volume_id);
+            txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&new))
+        })
+    };
     let done = core.commit(txn).await? == Commit::Done;
     if done && ended {
         core.live.set_progress(id, None);
@@ -216,6 +232,17 @@ fn replace(core: &Arc<Core>, spec: &Spec, status: &InstanceStatus) -> Option<(Tx
         .put(&spec_key, encode(&new))
         .delete(&status_key)
         .put(keys::eviction(&spec.host_id, id), encode(&eviction));
+    // Its volumes have nothing there either.
+    {
+        let tables = core.tables();
+        for volume in
+            tables.volumes.values().filter(|volume| volume.instance_id == id && volume.host_id == spec.host_id)
+        {
+            let moved = rec::VolumeSpec { host_id: new.host_id.clone(), ..(*volume.value).clone() };
+            let key = keys::volume(&volume.account_id, &volume.volume_id);
+            txn = txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&moved));
+        }
+    }
     // MAC addresses stay; they are unique in the region.
     for nic in spec.spec.iter().flat_map(|spec| &spec.network_interfaces) {
         txn = txn.delete(keys::address(&spec.host_id, &nic.private_ip_address));

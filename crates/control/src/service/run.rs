@@ -6,24 +6,27 @@ use std::sync::Arc;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::{Revision, Txn, limits};
-use hearth_types::{InstanceId, InstanceType, ReservationId, VolumeId};
+use hearth_types::{InstanceId, InstanceType, ReservationId};
 
+use super::attach::MAX_VOLUMES_PER_INSTANCE;
 use super::idempotency::ClientToken;
-use super::{Api, host, image, instance, instance_type, key_pair};
+use super::{Api, host, image, instance, instance_type, key_pair, volume};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode, id_value};
 use crate::keys;
 use crate::life::{SHUTDOWN_STOP, SHUTDOWN_TERMINATE};
+use crate::mappings::{self, PlannedDevices, Root};
 use crate::placement::{self, HostKey, InstanceKey};
 use crate::tables::{SCHEMA_VERSION, Tables};
+use crate::volumes;
 
 const CALL: &str = "RunInstances";
+/// Volumes that an image brings along usually; one with more may need smaller calls.
+const MOST_IMAGE_VOLUMES: usize = 4;
 /// EC2's limit for raw user data.
 const MAX_USER_DATA_BYTES: usize = 16 * 1024;
-/// Largest root volume, in bytes (EC2's largest gp3 volume).
-const MAX_ROOT_VOLUME_BYTES: u64 = 16 << 40;
 /// Longest zone, host or group name.
 const MAX_PLACEMENT_CHARS: usize = 255;
 /// Room left in the store's largest transaction for keys and framing.
@@ -39,6 +42,8 @@ struct Plan {
     max: usize,
     nics: u32,
     behavior: String,
+    /// Most volumes that the account may have.
+    volume_limit: usize,
 }
 
 /// Room and addresses that this call holds; given back when it ends, however that is. What was committed is in the tables by
@@ -80,7 +85,13 @@ struct Prepared {
     txn: Txn,
 }
 
-fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
+/// An instance to be, with its volumes.
+struct Wanted {
+    spec: rec::InstanceSpec,
+    volumes: Vec<rec::VolumeSpec>,
+}
+
+fn plan(core: &Core, request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     if request.image_id.is_empty() {
         return Err(ApiError::missing("image_id"));
     }
@@ -98,8 +109,11 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
         let message = format!("{} takes at most {}", kind.name, kind.max_network_interfaces);
         return Err(ApiError::invalid("network_interface_count", message));
     }
-    // Per instance: its spec, and each interface's address and MAC with a compare each; then token, image and hosts.
-    let most = (limits::MAX_TXN_OPS - 4) / (1 + 2 * nics as usize);
+    mappings::check(&request.block_device_mappings)?;
+    // Per instance: its spec, its volumes, and each interface's address and MAC with a compare each; then token, image, its
+    // snapshots and hosts.
+    let volumes = 1 + request.block_device_mappings.len() + MOST_IMAGE_VOLUMES;
+    let most = (limits::MAX_TXN_OPS - 4 - volumes) / (2 + request.block_device_mappings.len() + 2 * nics as usize);
     if max > most {
         let message = format!(
             "is {max}; one call makes at most {most} instances with {nics} network interfaces: call again for more"
@@ -109,10 +123,6 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     check_user_data(&request.user_data)?;
     check::client_token(&request.client_token)?;
     check::tags(&request.tags)?;
-    if request.root_volume_bytes > MAX_ROOT_VOLUME_BYTES {
-        return Err(ApiError::invalid("root_volume_bytes", format!("must be at most {MAX_ROOT_VOLUME_BYTES}")));
-    }
-    request.root_volume_bytes = request.root_volume_bytes.next_multiple_of(512);
     let behavior = match request.instance_initiated_shutdown_behavior.as_str() {
         "" => SHUTDOWN_STOP,
         other => check_shutdown_behavior(other)?,
@@ -123,7 +133,8 @@ fn plan(core: &Core, mut request: v1::RunInstancesRequest) -> ApiResult<Plan> {
         check::text("placement.spread_group", &wish.spread_group, MAX_PLACEMENT_CHARS)?;
     }
     let behavior = behavior.to_owned();
-    Ok(Plan { request, kind, min, max, nics, behavior })
+    let volume_limit = core.config.max_volumes_per_account as usize;
+    Ok(Plan { request, kind, min, max, nics, behavior, volume_limit })
 }
 
 pub(crate) fn check_user_data(user_data: &[u8]) -> ApiResult<()> {
@@ -153,14 +164,22 @@ fn new_mac() -> ApiResult<String> {
     Ok(format!("0e:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}"))
 }
 
-/// Serials are what the guest reads, 20 bytes at most: `is`, the instance's 17 digits, a letter.
-pub(crate) fn instance_store(kind: &InstanceType, id: &InstanceId) -> Vec<v1::InstanceStoreDisk> {
-    let disk = |(index, (gib, letter)): (usize, (&u64, char))| v1::InstanceStoreDisk {
-        virtual_name: format!("ephemeral{index}"),
-        serial: format!("is{}{letter}", id.hex()),
-        size_bytes: gib << 30,
+/// The mapped instance-store disks of a type. Serials are what the guest reads, 20 bytes at most: `is`, the instance's 17
+/// digits, a letter.
+pub(crate) fn instance_store(
+    kind: &InstanceType,
+    id: &InstanceId,
+    mapped: &[(String, usize)],
+) -> Vec<v1::InstanceStoreDisk> {
+    let disk = |(device_name, number): &(String, usize)| {
+        Some(v1::InstanceStoreDisk {
+            virtual_name: format!("ephemeral{number}"),
+            serial: format!("is{}{}", id.hex(), ('a'..='z').nth(*number)?),
+            size_bytes: kind.instance_store_gib.get(*number)? << 30,
+            device_name: device_name.clone(),
+        })
     };
-    kind.instance_store_gib.iter().zip('a'..='z').enumerate().map(disk).collect()
+    mapped.iter().filter_map(disk).collect()
 }
 
 impl Plan {
@@ -173,25 +192,24 @@ impl Plan {
         index: u32,
         now_ms: u64,
         parts: &Parts,
-    ) -> ApiResult<rec::InstanceSpec> {
+    ) -> ApiResult<Wanted> {
         let id = InstanceId::generate()?;
         let wish = self.request.placement.clone().unwrap_or_default();
         let agent_spec = v1::InstanceSpec {
             account_id: account.to_owned(),
             reservation_id: reservation.to_string(),
             image_id: parts.image.image_id.clone(),
-            image_sha256: parts.image_status.sha256.clone(),
-            image_bytes: parts.image_status.size_bytes,
             boot: parts.image.boot.as_ref().map(|boot| v1::BootOverrideSpec {
                 extra_cmdline: boot.extra_cmdline.clone(),
                 cmdline: boot.cmdline.clone(),
             }),
             instance_type: self.kind.name.clone(),
-            resources: Some(instance_type::resources(&self.kind)),
+            resources: Some(parts.resources(&self.kind)),
             ecu_milli_quota: self.kind.ecu_milli.unwrap_or(0),
-            root_volume_id: VolumeId::generate()?.to_string(),
-            root_volume_bytes: self.request.root_volume_bytes.max(parts.image_status.size_bytes),
-            instance_store: instance_store(&self.kind, &id),
+            root_device_name: parts.root_device_name.clone(),
+            volumes: Vec::new(),
+            bundle_root: parts.bundle_root(&id),
+            instance_store: instance_store(&self.kind, &id, &parts.devices.ephemeral),
             network_interfaces: Vec::new(),
             network_mbps: self.kind.network_mbps,
             user_data: self.request.user_data.clone(),
@@ -203,14 +221,25 @@ impl Plan {
             launch_time: clock::rfc3339(now_ms),
             tags: self.request.tags.clone(),
         };
-        Ok(rec::InstanceSpec {
+        let volumes = parts.devices.volumes.iter().map(|planned| {
+            let base = planned.source.as_ref().map(|source| source.base());
+            let new = volume::new_record(account, &planned.shape, base, now_ms)?;
+            let delete = planned.delete_on_termination;
+            Ok(volumes::want_attached(&new, id.as_str(), &planned.device_name, delete, now_ms))
+        });
+        let volumes = volumes.collect::<ApiResult<Vec<_>>>()?;
+        let spec = rec::InstanceSpec {
             schema_version: SCHEMA_VERSION,
             instance_id: id.to_string(),
             generation: 1,
             run_generation: 1,
             run: v1::RunState::Running.into(),
             spec: Some(agent_spec),
-            instance_initiated_shutdown_behavior: self.behavior.clone(),
+            // What cannot be stopped ends.
+            instance_initiated_shutdown_behavior: match parts.bundle.is_some() {
+                true => SHUTDOWN_TERMINATE.to_owned(),
+                false => self.behavior.clone(),
+            },
             disable_api_termination: self.request.disable_api_termination,
             client_token: self.request.client_token.clone(),
             launched_ms: now_ms,
@@ -219,7 +248,8 @@ impl Plan {
             spread: wish.strategy == i32::from(v1::PlacementStrategy::Spread),
             spread_group: wish.spread_group,
             ..Default::default()
-        })
+        };
+        Ok(Wanted { spec, volumes })
     }
 }
 
@@ -227,9 +257,31 @@ impl Plan {
 struct Parts {
     image: rec::ImageSpec,
     image_revision: Revision,
-    image_status: rec::ImageStatus,
+    root_device_name: String,
+    /// Size of the root disk, which is made of the image's bundle.
+    bundle: Option<u64>,
+    devices: PlannedDevices,
     key_name: String,
     public_key: String,
+}
+
+impl Parts {
+    fn bundle_root(&self, id: &InstanceId) -> Option<v1::BundleRoot> {
+        Some(v1::BundleRoot {
+            manifest_location: self.image.image_location.clone(),
+            manifest_sha256: self.image.bundle_sha256.clone(),
+            size_bytes: self.bundle?,
+            // No instance-store disk has this letter: there are 24 of them at most.
+            serial: format!("is{}z", id.hex()),
+        })
+    }
+
+    /// The root disk takes room beside the instance store.
+    fn resources(&self, kind: &InstanceType) -> v1::Resources {
+        let mut resources = instance_type::resources(kind);
+        resources.instance_store_bytes = resources.instance_store_bytes.saturating_add(self.bundle.unwrap_or(0));
+        resources
+    }
 }
 
 fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
@@ -240,9 +292,36 @@ fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
         let message = format!("image {} is not available", request.image_id);
         return Err(ApiError::wrong_state("InvalidAMIID.Unavailable", message).with("image_id", &request.image_id));
     }
-    if request.root_volume_bytes != 0 && request.root_volume_bytes < status.size_bytes {
-        let message = format!("is {}, the image needs {}", request.root_volume_bytes, status.size_bytes);
-        return Err(ApiError::invalid("root_volume_bytes", message));
+    let root_device_name = image::root_device_name(spec);
+    let bundle = (!spec.image_location.is_empty()).then_some(status.size_bytes);
+    let store_disks = plan.kind.instance_store_gib.len();
+    let mut merged = mappings::merge(&spec.block_device_mappings, &request.block_device_mappings);
+    if bundle.is_some() {
+        if request.instance_initiated_shutdown_behavior == SHUTDOWN_STOP {
+            let message =
+                format!("image {} has an instance-store root device: its instances cannot be stopped", spec.image_id);
+            return Err(ApiError::wrong_state("UnsupportedOperation", message).with("image_id", &spec.image_id));
+        }
+        mappings::add_store_disks(
+            &mut merged,
+            [&spec.block_device_mappings, &request.block_device_mappings],
+            store_disks,
+        );
+    }
+    let root = if bundle.is_some() { Root::Bundle(&root_device_name) } else { Root::Ebs(&root_device_name) };
+    // The image's owner vouches for its snapshots.
+    let devices = mappings::plan(tables, account, root, &merged, store_disks)?;
+    let disks = devices.volumes.len() + devices.ephemeral.len() + usize::from(bundle.is_some());
+    if disks > MAX_VOLUMES_PER_INSTANCE {
+        let message = format!("{disks} disks, at most {MAX_VOLUMES_PER_INSTANCE} fit into an instance");
+        return Err(ApiError::invalid("block_device_mappings", message));
+    }
+    let used = tables.volumes.values().filter(|spec| spec.account_id == account).count();
+    let most = plan.volume_limit;
+    if used + devices.volumes.len() * plan.min > most {
+        let wanted = devices.volumes.len() * plan.min;
+        let message = format!("the account has {used} volumes of at most {most}, {wanted} more were asked for");
+        return Err(ApiError::exhausted("VolumeLimitExceeded", message).with("limit", most));
     }
     let (key_name, public_key) = match request.key_name.as_str() {
         "" => (String::new(), String::new()),
@@ -253,7 +332,9 @@ fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
     Ok(Parts {
         image: (*spec.value).clone(),
         image_revision: spec.revision,
-        image_status: status,
+        root_device_name,
+        bundle,
+        devices,
         key_name,
         public_key,
     })
@@ -276,13 +357,13 @@ impl Api {
         let now_ms = clock::now_ms();
         let reservation = ReservationId::generate()?;
         let parts = resolve(&core.tables(), account, plan)?;
-        let specs = (0..plan.max)
+        let wanted = (0..plan.max)
             .zip(0u32..)
             .map(|(_, index)| plan.spec(core, account, &reservation, index, now_ms, &parts))
             .collect::<ApiResult<Vec<_>>>()?;
         let mut claim = Claim::new(core, account);
-        let placed = core.with_placement(|tables, books| place(tables, books, plan, specs, &mut claim, core));
-        let (specs, hosts) = placed?;
+        let placed = core.with_placement(|tables, books| place(tables, books, plan, wanted, &mut claim, core));
+        let (wanted, hosts) = placed?;
         let mut txn = Txn::new().compare_mod_revision(
             keys::image_spec(&parts.image.account_id, &parts.image.image_id),
             parts.image_revision,
@@ -291,8 +372,14 @@ impl Api {
             // The host may have been drained or removed since.
             txn = txn.compare_mod_revision(keys::host_spec(&host), revision);
         }
-        for spec in &specs {
+        for source in parts.devices.volumes.iter().filter_map(|planned| planned.source.as_ref()) {
+            txn = source.guard(txn);
+        }
+        for Wanted { spec, volumes } in &wanted {
             txn = txn.put(keys::instance_spec(account, &spec.instance_id), encode(spec));
+            for volume in volumes {
+                txn = txn.put(keys::volume(account, &volume.volume_id), encode(volume));
+            }
             for nic in spec.spec.iter().flat_map(|spec| &spec.network_interfaces) {
                 for key in [keys::address(&spec.host_id, &nic.private_ip_address), keys::mac(&nic.mac_address)] {
                     txn = txn.compare_absent(&key).put(&key, id_value(&spec.instance_id));
@@ -302,10 +389,15 @@ impl Api {
         if let Some(token) = token {
             txn = token.record(txn, &claim.ids);
         }
+        if txn.ops.len() > limits::MAX_TXN_OPS || txn.compares.len() >= limits::MAX_TXN_OPS {
+            let message = "too many instances with so many volumes and network interfaces; make fewer in one call";
+            return Err(ApiError::invalid("max_count", message));
+        }
         if txn.size() > MAX_TXN_BYTES {
             let message = "too many instances with so much user data and so many tags; make fewer in one call";
             return Err(ApiError::invalid("max_count", message));
         }
+        let specs = wanted.into_iter().map(|wanted| wanted.spec).collect();
         Ok(Prepared { claim, specs, txn })
     }
 
@@ -353,18 +445,17 @@ impl Api {
 
     /// The answer of an earlier call with this token: the same instances, as they are now.
     fn replay_run(&self, token: Option<&ClientToken>) -> ApiResult<Option<v1::RunInstancesResponse>> {
-        let tables = self.core.tables();
-        let Some(ids) = token.map(|token| token.replay(&tables)).transpose()?.flatten() else { return Ok(None) };
-        let instances: Vec<v1::Instance> = ids
-            .iter()
-            .map(|id| match tables.instance(id) {
+        let found: Vec<(String, Option<instance::Found>)> = {
+            let tables = self.core.tables();
+            let Some(ids) = token.map(|token| token.replay(&tables)).transpose()?.flatten() else { return Ok(None) };
+            ids.into_iter().map(|id| (id.clone(), tables.instance(&id))).collect()
+        };
+        let instances: Vec<v1::Instance> = found
+            .into_iter()
+            .map(|(instance_id, found)| match found {
                 Some((spec, status)) => instance::view(&self.core, &spec, status.as_deref()),
                 // Terminated so long ago that it is forgotten.
-                None => v1::Instance {
-                    instance_id: id.clone(),
-                    state: v1::InstanceState::Terminated.into(),
-                    ..Default::default()
-                },
+                None => v1::Instance { instance_id, state: v1::InstanceState::Terminated.into(), ..Default::default() },
             })
             .collect();
         let reservation_id = instances.iter().map(|i| i.reservation_id.clone()).find(|id| !id.is_empty());
@@ -372,14 +463,14 @@ impl Api {
     }
 }
 
-type Placed = (Vec<rec::InstanceSpec>, Vec<(String, Revision)>);
+type Placed = (Vec<Wanted>, Vec<(String, Revision)>);
 
 /// Chooses hosts and addresses; what it takes stands in `claim`.
 fn place(
     tables: &Tables,
     books: &mut placement::Placement,
     plan: &Plan,
-    mut specs: Vec<rec::InstanceSpec>,
+    mut wishes: Vec<Wanted>,
     claim: &mut Claim,
     core: &Core,
 ) -> ApiResult<Placed> {
@@ -390,15 +481,16 @@ fn place(
         let message = format!("the account has {used} instances of at most {limit}, {} more were asked for", plan.min);
         return Err(ApiError::exhausted("InstanceLimitExceeded", message).with("limit", limit));
     }
-    specs.truncate(free);
+    wishes.truncate(free);
     let wanted_host = plan.request.placement.as_ref().map_or("", |wish| wish.host_id.as_str());
     if !wanted_host.is_empty() {
         let host = host::find(tables, wanted_host)?;
-        specs.iter_mut().for_each(|spec| spec.wanted_host.clone_from(&host.host_id));
+        wishes.iter_mut().for_each(|wanted| wanted.spec.wanted_host.clone_from(&host.host_id));
     }
-    let Some(first) = specs.first() else { return Err(ApiError::internal("a request for no instance")) };
-    let mut request = placement::request(first);
-    let wanted: Vec<InstanceKey> = specs.iter().filter_map(|spec| InstanceKey::parse(&spec.instance_id)).collect();
+    let Some(first) = wishes.first() else { return Err(ApiError::internal("a request for no instance")) };
+    let mut request = placement::request(&first.spec);
+    let wanted: Vec<InstanceKey> =
+        wishes.iter().filter_map(|wish| InstanceKey::parse(&wish.spec.instance_id)).collect();
     let mut full_networks = Vec::new();
     let hosts = loop {
         let hosts = books.place_many(&wanted, plan.min, &request).map_err(|error| match full_networks.is_empty() {
@@ -420,12 +512,12 @@ fn place(
             }
         }
     };
-    specs.truncate(hosts.len());
-    claim.ids = specs.iter().map(|spec| spec.instance_id.clone()).collect();
-    claim.counted = u32::try_from(specs.len()).unwrap_or(u32::MAX);
+    wishes.truncate(hosts.len());
+    claim.ids = wishes.iter().map(|wish| wish.spec.instance_id.clone()).collect();
+    claim.counted = u32::try_from(wishes.len()).unwrap_or(u32::MAX);
     books.claim_instances(&claim.account, claim.counted);
     let mut addresses = claim.addresses.iter();
-    for (spec, host) in specs.iter_mut().zip(&hosts) {
+    for (Wanted { spec, volumes }, host) in wishes.iter_mut().zip(&hosts) {
         let mut nics = Vec::new();
         for device_index in 0..plan.nics {
             let (_, address) = addresses.next().ok_or_else(|| ApiError::internal("fewer addresses than interfaces"))?;
@@ -439,8 +531,13 @@ fn place(
         let zone = tables.host(host).and_then(|(_, status)| status).map(|status| status.availability_zone.clone());
         if let Some(agent_spec) = &mut spec.spec {
             agent_spec.network_interfaces = nics;
-            agent_spec.availability_zone = zone.unwrap_or_default();
+            agent_spec.availability_zone = zone.clone().unwrap_or_default();
         }
+        for volume in volumes {
+            volume.availability_zone = zone.clone().unwrap_or_default();
+            volumes::place(volume, spec);
+        }
+        spec.generation = 1;
     }
     let mut distinct = hosts;
     distinct.sort();
@@ -452,7 +549,7 @@ fn place(
             (host, revision)
         })
         .collect();
-    Ok((specs, revisions))
+    Ok((wishes, revisions))
 }
 
 /// One address for each interface, in the order of hosts; `Err` names a host whose network is full, and nothing is claimed.

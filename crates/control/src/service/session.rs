@@ -1,7 +1,7 @@
 //! Sessions of agents: desired state down, reports up. One per host, the newest wins. Reports are read first and desired state is
 //! sent afterwards, so that what a full report lacks was really not there before this session asked for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use futures::StreamExt;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
-use hearth_types::HostId;
+use hearth_types::{HostId, SnapshotState};
 use ipnet::Ipv4Net;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,7 +18,7 @@ use tonic::{Code, Status, Streaming};
 use v1::agent_message::Message as Up;
 use v1::control_message::Message as Down;
 
-use super::reports;
+use super::{bundle, reports, snapshot, volume_reports};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
@@ -66,7 +66,15 @@ pub(crate) async fn open(
     tracing::info!(host, session = handle.number, epoch = hello.agent_epoch, boot_id = hello.boot_id, "session begins");
     let (out, stream) = mpsc::channel(OUT_QUEUE);
     let (ready, is_ready) = oneshot::channel();
-    let sender = Sender { core: core.clone(), host: host.clone(), out, sent: HashMap::new() };
+    let sender = Sender {
+        core: core.clone(),
+        host: host.clone(),
+        out,
+        sent: HashMap::new(),
+        sent_volumes: HashMap::new(),
+        sent_sets: HashSet::new(),
+        sent_bundles: HashSet::new(),
+    };
     core.tasks.spawn(sender.run(commands, kick, is_ready, end.clone()));
     let tasks = core.tasks.clone();
     let receiver = Receiver { core, host, epoch: hello.agent_epoch, handle, ready: Some(ready), registered };
@@ -249,6 +257,39 @@ struct Sender {
     out: Out,
     /// Generation that the agent has been told, by instance.
     sent: HashMap<String, u64>,
+    /// The same of volumes that are to leave.
+    sent_volumes: HashMap<String, u64>,
+    /// Snapshot sets that it has been told of.
+    sent_sets: HashSet<String>,
+    /// Bundles that it has been told of.
+    sent_bundles: HashSet<String>,
+}
+
+/// Volumes that are to leave a host.
+fn leaving<'a>(tables: &'a Tables, host: &str) -> impl Iterator<Item = &'a rec::VolumeSpec> {
+    // What is being uploaded of a volume is read from its files.
+    let pending =
+        tables.snapshots.values().filter(|entry| snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending);
+    let needed: HashSet<&str> = pending
+        .filter_map(|entry| entry.spec.as_ref().filter(|spec| spec.host_id == host))
+        .map(|spec| spec.volume_id.as_str())
+        .collect();
+    let here = tables.volumes_on.get(host).into_iter().flatten();
+    here.filter_map(|id| tables.volumes.get(id))
+        .map(|spec| &*spec.value)
+        .filter(move |spec| (spec.deleting || spec.releasing) && !needed.contains(spec.volume_id.as_str()))
+}
+
+/// Snapshots that a host makes, by set.
+fn snapshot_sets<'a>(tables: &'a Tables, host: &str) -> BTreeMap<&'a str, Vec<&'a rec::SnapshotSpec>> {
+    let mut sets: BTreeMap<&str, Vec<&rec::SnapshotSpec>> = BTreeMap::new();
+    for entry in tables.snapshots.values() {
+        let Some(spec) = entry.spec.as_ref().filter(|spec| spec.host_id == host) else { continue };
+        if snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending {
+            sets.entry(&spec.set_id).or_default().push(spec);
+        }
+    }
+    sets
 }
 
 impl Sender {
@@ -274,9 +315,14 @@ impl Sender {
     async fn pump(&mut self, commands: &mut mpsc::Receiver<Down>, kick: &Notify, ready: oneshot::Receiver<()>) {
         // A closed channel means that the other half ended.
         let _ = tokio::time::timeout(FULL_REPORT_TIMEOUT, ready).await;
-        let (generations, instances) = desired_instances(&self.core.tables(), &self.host, &self.sent);
-        self.sent = generations;
-        if !self.send(Down::Desired(v1::DesiredHost { instances })).await {
+        let news = self.take_news();
+        let desired = v1::DesiredHost {
+            instances: news.instances,
+            volumes: news.volumes,
+            snapshot_sets: news.sets,
+            bundles: news.bundles,
+        };
+        if !self.send(Down::Desired(desired)).await {
             return;
         }
         loop {
@@ -293,11 +339,52 @@ impl Sender {
         }
     }
 
-    async fn send_changes(&mut self) -> bool {
-        let (generations, news) = desired_instances(&self.core.tables(), &self.host, &self.sent);
+    /// What has changed since the last look.
+    fn take_news(&mut self) -> News {
+        let tables = self.core.tables();
+        let storage = &self.core.storage;
+        let (generations, mut instances) = desired_instances(&tables, &self.host, &self.sent);
         self.sent = generations;
-        for desired in news {
-            if !self.send(Down::Instance(desired)).await {
+        instances.iter_mut().for_each(|desired| storage.complete_instance(desired));
+        let mut volumes = Vec::new();
+        let mut generations = HashMap::new();
+        for spec in leaving(&tables, &self.host) {
+            if self.sent_volumes.get(&spec.volume_id) != Some(&spec.generation) {
+                volumes.push(storage.desired_volume(spec));
+            }
+            generations.insert(spec.volume_id.clone(), spec.generation);
+        }
+        self.sent_volumes = generations;
+        let wanted = snapshot_sets(&tables, &self.host);
+        let sets =
+            wanted.iter().filter(|(id, _)| !self.sent_sets.contains(**id)).map(|(id, specs)| v1::DesiredSnapshotSet {
+                set_id: (*id).to_owned(),
+                instance_id: specs.first().map(|spec| spec.instance_id.clone()).unwrap_or_default(),
+                snapshots: specs.iter().map(|spec| storage.desired_snapshot(spec)).collect(),
+            });
+        let sets = sets.collect();
+        let cancelled = self.sent_sets.iter().filter(|id| !wanted.contains_key(id.as_str())).cloned().collect();
+        self.sent_sets = wanted.keys().map(|id| (*id).to_owned()).collect();
+        let mut bundles: Vec<v1::DesiredBundle> = bundle::desired(&tables, &self.host).collect();
+        let wanted: HashSet<String> = bundles.iter().map(|bundle| bundle.bundle_id.clone()).collect();
+        let cancelled_bundles = self.sent_bundles.iter().filter(|id| !wanted.contains(*id)).cloned().collect();
+        bundles.retain(|bundle| !self.sent_bundles.contains(&bundle.bundle_id));
+        self.sent_bundles = wanted;
+        News { instances, volumes, sets, cancelled, bundles, cancelled_bundles }
+    }
+
+    async fn send_changes(&mut self) -> bool {
+        let news = self.take_news();
+        let instances = news.instances.into_iter().map(Down::Instance);
+        let volumes = news.volumes.into_iter().map(Down::Volume);
+        let sets = news.sets.into_iter().map(Down::SnapshotSet);
+        let cancelled = news.cancelled.into_iter();
+        let cancelled = cancelled.map(|set_id| Down::CancelSnapshotSet(v1::CancelSnapshotSet { set_id }));
+        let bundles = news.bundles.into_iter().map(Down::Bundle);
+        let called_off = news.cancelled_bundles.into_iter();
+        let called_off = called_off.map(|bundle_id| Down::CancelBundle(v1::CancelBundle { bundle_id }));
+        for message in sets.chain(cancelled).chain(instances).chain(volumes).chain(bundles).chain(called_off) {
+            if !self.send(message).await {
                 return false;
             }
         }
@@ -308,6 +395,17 @@ impl Sender {
         let message = v1::ControlMessage { term: self.core.term(), message: Some(message) };
         self.out.send(Ok(message)).await.is_ok()
     }
+}
+
+/// What an agent has not been told yet.
+struct News {
+    instances: Vec<v1::DesiredInstance>,
+    volumes: Vec<v1::DesiredVolume>,
+    sets: Vec<v1::DesiredSnapshotSet>,
+    /// Sets that it need not go on with.
+    cancelled: Vec<String>,
+    bundles: Vec<v1::DesiredBundle>,
+    cancelled_bundles: Vec<String>,
 }
 
 /// The upward half.
@@ -350,6 +448,9 @@ impl Receiver {
             Up::Heartbeat(_) => {}
             Up::Report(report) => self.take(report).await,
             Up::FullReport(report) => self.take_all(report).await,
+            Up::Volume(report) => self.take_volume(report).await,
+            Up::Snapshot(report) => self.take_snapshot(report).await,
+            Up::Bundle(report) => self.take_bundle(report).await,
             Up::ConsoleOutput(report) => self.core.consoles.answer(&self.host, report),
         }
     }
@@ -362,12 +463,35 @@ impl Receiver {
         match reports::apply(&self.core, self.origin(), &report).await {
             Ok(None) => {}
             Ok(Some(command)) => {
+                let mut command = command;
+                self.core.storage.complete_instance(&mut command);
                 // A session whose queue is full gets it with its next snapshot.
                 let _ = self.handle.commands.try_send(Down::Instance(command));
             }
             Err(error) => {
                 tracing::warn!(host = self.host, instance = report.instance_id, %error, "a report could not be worked in")
             }
+        }
+    }
+
+    async fn take_volume(&self, report: v1::VolumeReport) {
+        let volume = report.volume_id.clone();
+        if let Err(error) = volume_reports::apply_volume(&self.core, &self.host, report).await {
+            tracing::warn!(host = self.host, volume, %error, "a report could not be worked in");
+        }
+    }
+
+    async fn take_snapshot(&self, report: v1::SnapshotReport) {
+        let snapshot = report.snapshot_id.clone();
+        if let Err(error) = volume_reports::apply_snapshot(&self.core, &self.host, report).await {
+            tracing::warn!(host = self.host, snapshot, %error, "a report could not be worked in");
+        }
+    }
+
+    async fn take_bundle(&self, report: v1::BundleReport) {
+        let bundle = report.bundle_id.clone();
+        if let Err(error) = bundle::apply_report(&self.core, &self.host, report).await {
+            tracing::warn!(host = self.host, bundle, %error, "a report could not be worked in");
         }
     }
 
@@ -380,8 +504,14 @@ impl Receiver {
             );
             return;
         }
-        let there: std::collections::HashSet<String> =
-            report.instances.iter().map(|report| report.instance_id.clone()).collect();
+        for volume in report.volumes {
+            self.take_volume(volume).await;
+        }
+        let staged: HashSet<String> = report.snapshots.iter().map(|report| report.snapshot_id.clone()).collect();
+        for snapshot in report.snapshots {
+            self.take_snapshot(snapshot).await;
+        }
+        let there: HashSet<String> = report.instances.iter().map(|report| report.instance_id.clone()).collect();
         futures::stream::iter(report.instances).for_each_concurrent(PARALLEL_REPORTS, |report| self.take(report)).await;
         // Later full reports cross with desired state on its way down; only the first one can tell what was lost.
         let Some(ready) = self.ready.take() else { return };
@@ -395,6 +525,9 @@ impl Receiver {
             if let Err(error) = reports::apply_missing(&self.core, self.origin(), &id).await {
                 tracing::warn!(host = self.host, instance = id, %error, "a loss could not be worked in");
             }
+        }
+        if let Err(error) = volume_reports::settle_missing(&self.core, &self.host, &staged).await {
+            tracing::warn!(host = self.host, %error, "lost snapshots could not be worked in");
         }
         // The sending half may have given up waiting.
         let _ = ready.send(());

@@ -1,10 +1,10 @@
-//! Tags of instances, images and key pairs.
+//! Tags of instances, images, volumes, snapshots and key pairs.
 
 use hearth_proto::v1;
 use hearth_store::Txn;
 use tonic::{Request, Response, Status};
 
-use super::{Api, instance, key_pair};
+use super::{Api, instance, key_pair, snapshot, volume};
 use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
 use crate::check;
@@ -53,6 +53,20 @@ fn change_tags(
             let key = keys::image_spec(account, id);
             Ok(txn.compare_mod_revision(&key, spec.revision).put(&key, encode(&new)))
         }
+        Some("vol") => {
+            let spec = volume::find(tables, account, id)?;
+            let mut new = (*spec.value).clone();
+            new.tags = apply(&new.tags)?;
+            let key = keys::volume(account, id);
+            Ok(txn.compare_mod_revision(&key, spec.revision).put(&key, encode(&new)))
+        }
+        Some("snap") => {
+            let (spec, _) = snapshot::find(tables, account, id)?;
+            let mut new = (*spec.value).clone();
+            new.tags = apply(&new.tags)?;
+            let key = keys::snapshot_spec(account, id);
+            Ok(txn.compare_mod_revision(&key, spec.revision).put(&key, encode(&new)))
+        }
         Some("key") => {
             let found = key_pair::find(tables, account, id).filter(|key| key.key_pair_id == id);
             let key = found.ok_or_else(|| ApiError::not_found("InvalidKeyPair.NotFound", "key pair", &[id]))?;
@@ -64,7 +78,9 @@ fn change_tags(
         _ => Err(ApiError::new(
             tonic::Code::InvalidArgument,
             "InvalidID",
-            format!("'{id}' is not the id of an instance (i-), an image (ami-) or a key pair (key-)"),
+            format!(
+                "'{id}' is not the id of an instance (i-), an image (ami-), a volume (vol-), a snapshot (snap-) or a key pair (key-)"
+            ),
         )),
     }
 }
@@ -87,6 +103,14 @@ fn all_tags(tables: &Tables, account: &str) -> Vec<v1::TaggedResource> {
     for (id, entry) in &tables.images {
         if let Some(spec) = entry.spec.as_ref().filter(|spec| spec.account_id == account && !spec.deregistered) {
             add(id, "image", &spec.tags);
+        }
+    }
+    for (id, spec) in tables.volumes.iter().filter(|(_, spec)| spec.account_id == account) {
+        add(id, "volume", &spec.tags);
+    }
+    for (id, entry) in &tables.snapshots {
+        if let Some(spec) = entry.spec.as_ref().filter(|spec| spec.account_id == account && !spec.deleted) {
+            add(id, "snapshot", &spec.tags);
         }
     }
     for (id, key) in tables.key_pairs.iter().filter(|(_, key)| key.account_id == account) {

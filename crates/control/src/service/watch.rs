@@ -1,4 +1,4 @@
-//! WatchInstances: each named instance at once and again whenever what the API shows of it changes.
+//! Watches: each named resource at once and again whenever what the API shows of it changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
@@ -12,40 +12,103 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{Api, instance};
+use super::{Api, instance, snapshot, volume};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::core::Core;
+use crate::tables::Touched;
+use crate::volumes;
 
-type InstanceStream = Pin<Box<dyn Stream<Item = Result<v1::Instance, Status>> + Send>>;
+type Views<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Status checks change with time alone; this often they are looked at again.
 const RECHECK_INTERVAL: Duration = Duration::from_secs(5);
 const QUEUE: usize = 64;
 
+/// A kind of resource that can be watched.
+pub(crate) trait Watched: 'static {
+    type View: Clone + PartialEq + Send + Sync;
+
+    /// What the API shows of it now.
+    fn view(core: &Core, account: &str, id: &str) -> ApiResult<Self::View>;
+
+    /// Those that may look different now.
+    fn touched(touched: &Touched) -> &BTreeSet<String>;
+}
+
+pub(crate) struct Instances;
+
+impl Watched for Instances {
+    type View = v1::Instance;
+
+    fn view(core: &Core, account: &str, id: &str) -> ApiResult<v1::Instance> {
+        let (spec, status) = instance::find(&core.tables(), account, id)?;
+        Ok(instance::view(core, &spec, status.as_deref()))
+    }
+
+    fn touched(touched: &Touched) -> &BTreeSet<String> {
+        &touched.instances
+    }
+}
+
+pub(crate) struct Volumes;
+
+impl Watched for Volumes {
+    type View = v1::Volume;
+
+    fn view(core: &Core, account: &str, id: &str) -> ApiResult<v1::Volume> {
+        let tables = core.tables();
+        Ok(volumes::view(&tables, volume::find(&tables, account, id)?))
+    }
+
+    fn touched(touched: &Touched) -> &BTreeSet<String> {
+        &touched.volumes
+    }
+}
+
+pub(crate) struct Snapshots;
+
+impl Watched for Snapshots {
+    type View = v1::Snapshot;
+
+    fn view(core: &Core, account: &str, id: &str) -> ApiResult<v1::Snapshot> {
+        let tables = core.tables();
+        let (spec, status) = snapshot::find(&tables, account, id)?;
+        Ok(snapshot::view(core, spec, status.map(|status| &*status.value)))
+    }
+
+    fn touched(touched: &Touched) -> &BTreeSet<String> {
+        &touched.snapshots
+    }
+}
+
 impl Api {
-    pub(crate) fn do_watch(&self, account: String, ids: &[String]) -> ApiResult<InstanceStream> {
-        let ids = check::ids("instance_ids", ids)?;
+    pub(crate) fn do_watch(&self, account: String, ids: &[String]) -> ApiResult<Views<v1::Instance>> {
+        self.watch::<Instances>(account, check::ids("instance_ids", ids)?)
+    }
+
+    /// Watches resources that are there now; an unknown one is an error.
+    pub(crate) fn watch<W: Watched>(&self, account: String, ids: Vec<String>) -> ApiResult<Views<W::View>> {
         // Subscribed before the first look, so that nothing falls between.
         let changes = self.core.changes();
-        instance::find_all(&self.core.tables(), &account, &ids)?;
+        ids.iter().try_for_each(|id| W::view(&self.core, &account, id).map(|_| ()))?;
         let (sender, stream) = mpsc::channel(QUEUE);
-        let watcher = Watcher { core: self.core.clone(), account, ids, shown: BTreeMap::new(), sender };
+        let watcher = Watcher::<W> { core: self.core.clone(), account, ids, shown: BTreeMap::new(), sender };
         self.core.tasks.spawn(watcher.run(changes));
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
 }
 
-struct Watcher {
+struct Watcher<W: Watched> {
     core: Arc<Core>,
     account: String,
     ids: Vec<String>,
-    shown: BTreeMap<String, v1::Instance>,
-    sender: mpsc::Sender<Result<v1::Instance, Status>>,
+    shown: BTreeMap<String, W::View>,
+    sender: mpsc::Sender<Result<W::View, Status>>,
 }
 
-impl Watcher {
-    async fn run(mut self, mut changes: tokio::sync::broadcast::Receiver<Arc<crate::tables::Touched>>) {
+impl<W: Watched> Watcher<W> {
+    async fn run(mut self, mut changes: tokio::sync::broadcast::Receiver<Arc<Touched>>) {
         let mut look_at: BTreeSet<String> = self.ids.iter().cloned().collect();
         loop {
             if !self.show(&look_at).await {
@@ -54,7 +117,10 @@ impl Watcher {
             look_at.clear();
             tokio::select! {
                 change = changes.recv() => match change {
-                    Ok(touched) => look_at.extend(self.ids.iter().filter(|id| touched.instances.contains(*id)).cloned()),
+                    Ok(touched) => {
+                        let touched = W::touched(&touched);
+                        look_at.extend(self.ids.iter().filter(|id| touched.contains(*id)).cloned());
+                    }
                     Err(RecvError::Lagged(_)) => look_at.extend(self.ids.iter().cloned()),
                     Err(RecvError::Closed) => return,
                 },
@@ -72,13 +138,8 @@ impl Watcher {
     /// Sends what looks different now; `false` when nobody listens or nothing is left to watch.
     async fn show(&mut self, ids: &BTreeSet<String>) -> bool {
         for id in ids {
-            let view = {
-                let tables = self.core.tables();
-                let found = instance::find(&tables, &self.account, id).ok();
-                found.map(|(spec, status)| instance::view(&self.core, &spec, status.as_deref()))
-            };
-            let Some(view) = view else {
-                // A terminated instance has been forgotten.
+            let Ok(view) = W::view(&self.core, &self.account, id) else {
+                // It is gone and has been forgotten.
                 self.ids.retain(|known| known != id);
                 continue;
             };

@@ -7,6 +7,7 @@ use rcgen::{CertificateParams, KeyPair, SanType};
 use tonic::Code;
 use tonic::transport::Identity;
 use v1::agent_service_client::AgentServiceClient;
+use v1::object_service_client::ObjectServiceClient;
 
 use crate::agent::{FakeAgent, enroll};
 use crate::cloud::{Cloud, User, config, reason, request};
@@ -15,7 +16,7 @@ use crate::cloud::{Cloud, User, config, reason, request};
 async fn only_valid_tokens_get_in_and_operators_alone_see_hosts() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
-    for folder in ["pki", "images", "spool"] {
+    for folder in ["pki", "spool"] {
         assert_eq!(std::fs::metadata(dir.path().join(folder)).unwrap().permissions().mode() & 0o777, 0o700);
     }
     let path = dir.path().join("admin.json");
@@ -86,7 +87,7 @@ async fn accounts_do_not_see_each_other_but_use_the_operators_images() {
     assert!(error.message().contains(&id) && !error.message().contains(&own), "{}", error.message());
     let error = admin.run(request(&private, "t3.nano")).await.unwrap_err();
     assert_eq!(reason(&error), "InvalidAMIID.NotFound");
-    let deregister = v1::DeregisterImageRequest { image_id: shared.image_id };
+    let deregister = v1::DeregisterImageRequest { image_id: shared.image_id, ..Default::default() };
     assert_eq!(reason(&team.images.deregister_image(deregister).await.unwrap_err()), "UnauthorizedOperation");
 }
 
@@ -140,14 +141,14 @@ async fn expired_join_tokens_are_refused() {
 async fn agents_need_a_certificate_of_this_cluster_and_of_a_host_that_stays() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
-    let fetch = || v1::FetchImageRequest { image_id: "ami-00000000000000000".into(), offset: 0 };
-    let mut without = AgentServiceClient::new(cloud.channel().await);
-    assert_eq!(without.fetch_image(fetch()).await.unwrap_err().code(), Code::Unauthenticated);
+    let fetch = || v1::GetObjectRequest { key: "snap/none/root".into(), head: false, ..Default::default() };
+    let mut without = ObjectServiceClient::new(cloud.channel().await);
+    assert_eq!(without.get_object(fetch()).await.unwrap_err().code(), Code::Unauthenticated);
     // A user's token is no way into the agents' service either.
     let mut request = tonic::Request::new(fetch());
     let bearer = format!("Bearer {}", cloud.credentials.token).parse().unwrap();
     request.metadata_mut().insert("authorization", bearer);
-    assert_eq!(without.fetch_image(request).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(without.get_object(request).await.unwrap_err().code(), Code::Unauthenticated);
 
     let agent = FakeAgent::join(&cloud, "host-a").await;
     // The right names, signed by somebody else.
@@ -160,12 +161,12 @@ async fn agents_need_a_certificate_of_this_cluster_and_of_a_host_that_stays() {
     let refused = match cloud.endpoint(cloud.tls().identity(identity)).connect().await {
         Err(_) => true,
         Ok(channel) => {
-            AgentServiceClient::new(channel).fetch_image(fetch()).await.is_err_and(|e| e.code() != Code::NotFound)
+            ObjectServiceClient::new(channel).get_object(fetch()).await.is_err_and(|e| e.code() != Code::NotFound)
         }
     };
     assert!(refused, "a foreign certificate gets in");
-    let mut good = agent.client(&cloud).await;
-    assert_eq!(good.fetch_image(fetch()).await.unwrap_err().code(), Code::NotFound);
+    let mut good = agent.object_client(&cloud).await;
+    assert_eq!(good.get_object(fetch()).await.unwrap_err().code(), Code::NotFound);
 
     // Its certificate does not make it another host.
     let mut liar = agent.clone();
@@ -178,7 +179,7 @@ async fn agents_need_a_certificate_of_this_cluster_and_of_a_host_that_stays() {
     let remove = v1::RemoveHostRequest { host: "host-a".into(), force: false };
     user.hosts.remove_host(remove).await.unwrap();
     assert_eq!(session.ended().await.code(), Code::Unavailable);
-    assert_eq!(good.fetch_image(fetch()).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(good.get_object(fetch()).await.unwrap_err().code(), Code::PermissionDenied);
     let error = user.hosts.get_host(v1::GetHostRequest { host: "host-a".into() }).await.unwrap_err();
     assert_eq!(reason(&error), "InvalidHostID.NotFound");
 }
@@ -198,6 +199,18 @@ async fn credentials_survive_restarts_and_are_made_anew_when_lost() {
     let mut user = cloud.user().await;
     user.accounts.get_caller_identity(v1::GetCallerIdentityRequest {}).await.unwrap();
     cloud.stop().await.unwrap();
+    // Two clouds in one store would delete each other's snapshots.
+    let other_dir = tempfile::tempdir().unwrap();
+    let mut other = config(other_dir.path());
+    other.object_store = Some(format!("file://{}", dir.path().join("objects").display()));
+    let error = hearth_control::Control::start(other).await.err().unwrap().to_string();
+    assert!(error.contains("another cluster"), "{error}");
+    let mut away = config(other_dir.path());
+    away.object_store = Some("s3://bucket/prefix".into());
+    away.object_store_options.s3.endpoint = Some("https://127.0.0.1:1".into());
+    away.object_store_options.retry_timeout = Some(std::time::Duration::from_millis(10));
+    let error = hearth_control::Control::start(away).await.err().unwrap().to_string();
+    assert!(error.contains("s3://bucket/prefix"), "{error}");
     let mut other = config(dir.path());
     other.region = "elsewhere-1".into();
     assert!(hearth_control::Control::start(other).await.err().unwrap().to_string().contains("region"));

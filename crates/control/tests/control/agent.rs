@@ -4,7 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use hearth_proto::v1;
+use hearth_snapshot::{
+    CHUNK_BYTES, ChunkStore, Epoch, KeyDomain, KeyDomainId, Manifest, ManifestSpec, ManifestWriter, ObjectStore,
+    SnapshotKey,
+};
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair};
 use tokio::sync::mpsc;
@@ -15,6 +20,7 @@ use tonic::transport::{Channel, Identity};
 use v1::agent_message::Message as Up;
 use v1::agent_service_client::AgentServiceClient;
 use v1::control_message::Message as Down;
+use v1::object_service_client::ObjectServiceClient;
 use v1::{ObservedState, RunState};
 
 use crate::cloud::{Cloud, PATIENCE};
@@ -35,6 +41,39 @@ pub struct Manners {
     pub refuse: Option<String>,
     /// Stay in PREPARING.
     pub slow: bool,
+    /// The guests hold on to volumes that they are asked to let go of.
+    pub busy: bool,
+    /// Attached volumes stay on their way.
+    pub slow_volumes: bool,
+    /// Say nothing about volumes that are to leave.
+    pub keep_volumes: bool,
+    /// Say that there is nothing of volumes that are to leave; the first of them may have been uploaded before.
+    pub forget_volumes: Option<Forget>,
+    /// How far snapshots get.
+    pub snapshots: Snapshots,
+    /// How far bundles get.
+    pub bundles: Snapshots,
+}
+
+/// What a host has done with volumes of which it says that they are gone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Forget {
+    /// They were uploaded, and the report got lost.
+    Uploaded,
+    /// Nothing.
+    Lost,
+}
+
+/// How far a host gets with snapshots.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Snapshots {
+    #[default]
+    Complete,
+    /// The point in time is fixed, nothing more.
+    Freeze,
+    /// Nothing is said.
+    Silent,
+    Fail,
 }
 
 #[derive(Default)]
@@ -46,6 +85,19 @@ pub struct Memory {
     sequence: u64,
     /// Every instance that ever ran here.
     pub ever_ran: std::collections::BTreeSet<String>,
+    /// Volumes that left, as they were reported; told again when asked again.
+    pub left: BTreeMap<String, v1::VolumeReport>,
+    /// What was told of volumes that are to leave.
+    pub wishes: Vec<v1::DesiredVolume>,
+    /// Snapshot sets that are not cancelled or complete.
+    pub sets: BTreeMap<String, v1::DesiredSnapshotSet>,
+    pub cancelled: Vec<String>,
+    /// Bundles that are not called off.
+    pub bundles: BTreeMap<String, v1::DesiredBundle>,
+    /// Last report of each snapshot that has not ended.
+    pub snapshots: BTreeMap<String, v1::SnapshotReport>,
+    /// Content that guests wrote since the last snapshot, by volume and chunk.
+    pub written: BTreeMap<String, BTreeMap<u64, u8>>,
 }
 
 #[derive(Clone)]
@@ -53,6 +105,7 @@ pub struct FakeAgent {
     pub host_id: String,
     pub hello: v1::AgentHello,
     pub memory: Arc<Mutex<Memory>>,
+    objects: Arc<dyn ObjectStore>,
     identity: (String, String),
 }
 
@@ -120,13 +173,19 @@ impl FakeAgent {
             instance_cidr: "172.30.0.0/20".into(),
             ..Default::default()
         };
-        Self { host_id, hello, memory: Arc::default(), identity }
+        Self { host_id, hello, memory: Arc::default(), objects: cloud.objects.clone(), identity }
     }
 
     pub async fn client(&self, cloud: &Cloud) -> AgentServiceClient<Channel> {
         let identity = Identity::from_pem(&self.identity.0, &self.identity.1);
         let tls = cloud.tls().identity(identity);
         AgentServiceClient::new(cloud.endpoint(tls).connect().await.unwrap())
+    }
+
+    pub async fn object_client(&self, cloud: &Cloud) -> ObjectServiceClient<Channel> {
+        let identity = Identity::from_pem(&self.identity.0, &self.identity.1);
+        let tls = cloud.tls().identity(identity);
+        ObjectServiceClient::new(cloud.endpoint(tls).connect().await.unwrap())
     }
 
     /// Joins and connects.
@@ -150,7 +209,8 @@ impl FakeAgent {
                 had.report.sequence = 0;
             }
             let instances = memory.has.values().map(|had| had.report.clone()).collect();
-            (hello, v1::FullReport { sequence: 0, instances })
+            let snapshots = memory.snapshots.values().cloned().collect();
+            (hello, v1::FullReport { sequence: 0, instances, volumes: Vec::new(), snapshots })
         };
         up.send(v1::AgentMessage { message: Some(Up::Hello(hello)) }).await.unwrap();
         up.send(v1::AgentMessage { message: Some(Up::FullReport(full)) }).await.unwrap();
@@ -191,8 +251,34 @@ impl FakeAgent {
                 for desired in all.instances {
                     self.take(desired, up).await;
                 }
+                for volume in all.volumes {
+                    self.let_go(volume, up).await;
+                }
+                for set in all.snapshot_sets {
+                    self.take_set(set, up).await;
+                }
+                for bundle in all.bundles {
+                    self.take_bundle(bundle, up).await;
+                }
             }
             Down::Instance(desired) => self.take(desired, up).await,
+            Down::Volume(volume) => self.let_go(volume, up).await,
+            Down::SnapshotSet(set) => self.take_set(set, up).await,
+            Down::CancelSnapshotSet(cancel) => {
+                let mut memory = self.memory.lock();
+                if let Some(set) = memory.sets.remove(&cancel.set_id) {
+                    for snapshot in set.snapshots {
+                        memory.snapshots.remove(&snapshot.snapshot_id);
+                    }
+                }
+                memory.cancelled.push(cancel.set_id);
+            }
+            Down::Bundle(bundle) => self.take_bundle(bundle, up).await,
+            Down::CancelBundle(cancel) => {
+                let mut memory = self.memory.lock();
+                memory.bundles.remove(&cancel.bundle_id);
+                memory.cancelled.push(cancel.bundle_id);
+            }
             Down::GetConsoleOutput(command) => {
                 let output = format!("console of {}\n", command.instance_id).into();
                 let report = v1::ConsoleOutputReport { request_id: command.request_id, output, error: String::new() };
@@ -200,7 +286,7 @@ impl FakeAgent {
             }
             Down::OpenConsole(command) => {
                 let client = client.clone();
-                tokio::spawn(echo_console(client, command));
+                tokio::spawn(crate::console::echo_console(client, command));
             }
             Down::ReportAll(_) => {}
         }
@@ -217,6 +303,192 @@ impl FakeAgent {
         for report in reports {
             self.say(up, Up::Report(report)).await;
         }
+    }
+
+    /// Uploads what guests wrote over what was there before.
+    async fn upload(
+        &self,
+        volume: &v1::HostVolume,
+        parent: Option<&v1::BaseSnapshot>,
+        domain: &v1::KeyDomain,
+        id: &str,
+        epoch: u32,
+        written: BTreeMap<u64, u8>,
+    ) -> String {
+        let secret: [u8; 32] = domain.secret[..].try_into().expect("a secret of 32 bytes");
+        let store =
+            ChunkStore::new(self.objects.clone(), KeyDomain::new(KeyDomainId::new(&domain.name).unwrap(), &secret));
+        let parent = match parent {
+            Some(base) => {
+                let root = base.root.parse().unwrap();
+                let id = SnapshotKey::new(&base.snapshot_id).unwrap();
+                Some(Manifest::load(&*self.objects, &id, Some(&root)).await.expect("the parent is there"))
+            }
+            None => None,
+        };
+        let spec =
+            ManifestSpec { id: SnapshotKey::new(id).unwrap(), size_bytes: volume.size_bytes, epoch: Epoch(epoch) };
+        let mut writer = ManifestWriter::new(spec, parent.as_ref()).unwrap();
+        for (chunk, byte) in written {
+            let content = Bytes::from(vec![byte; CHUNK_BYTES]);
+            writer.set(chunk, store.put_chunk(Epoch(epoch), content).await.unwrap()).unwrap();
+        }
+        writer.commit(&store).await.unwrap().root_hash.to_string()
+    }
+
+    /// Publishes a manifest without content.
+    pub async fn publish_empty(&self, spec: ManifestSpec) {
+        let domain = KeyDomain::new(KeyDomainId::new("plain").unwrap(), &[7; 32]);
+        let store = ChunkStore::new(self.objects.clone(), domain);
+        ManifestWriter::new(spec, None).unwrap().commit(&store).await.unwrap();
+    }
+
+    /// Root hash of a manifest in the store.
+    pub async fn root_of(&self, id: &str) -> String {
+        let id = SnapshotKey::new(id).unwrap();
+        Manifest::load(&*self.objects, &id, None).await.unwrap().root_hash().to_string()
+    }
+
+    async fn let_go(&self, desired: v1::DesiredVolume, up: &mpsc::Sender<v1::AgentMessage>) {
+        let volume = desired.volume.clone().unwrap();
+        let known = {
+            let mut memory = self.memory.lock();
+            memory.wishes.push(desired.clone());
+            if memory.manners.keep_volumes {
+                return;
+            }
+            memory.left.get(&volume.volume_id).filter(|left| left.observed_generation == desired.generation).cloned()
+        };
+        let report = match known {
+            Some(known) => known,
+            None => {
+                let mut report = v1::VolumeReport {
+                    volume_id: volume.volume_id.clone(),
+                    observed_generation: desired.generation,
+                    ..Default::default()
+                };
+                let (forget, written) = {
+                    let mut memory = self.memory.lock();
+                    (memory.manners.forget_volumes, memory.written.remove(&volume.volume_id).unwrap_or_default())
+                };
+                if forget == Some(Forget::Lost) {
+                    report.set_outcome(v1::VolumeOutcome::Gone);
+                } else if desired.wish() == v1::VolumeWish::Released {
+                    let domain = desired.key_domain.clone().unwrap();
+                    let parent = desired.parent.as_ref();
+                    report.root =
+                        self.upload(&volume, parent, &domain, &desired.manifest_id, desired.epoch, written).await;
+                    report.set_outcome(v1::VolumeOutcome::Released);
+                    if forget == Some(Forget::Uploaded) {
+                        report.root.clear();
+                        report.set_outcome(v1::VolumeOutcome::Gone);
+                    }
+                } else {
+                    report.set_outcome(v1::VolumeOutcome::Gone);
+                }
+                self.memory.lock().left.insert(volume.volume_id.clone(), report.clone());
+                report
+            }
+        };
+        self.say(up, Up::Volume(report)).await;
+    }
+
+    async fn take_bundle(&self, desired: v1::DesiredBundle, up: &mpsc::Sender<v1::AgentMessage>) {
+        let manner = {
+            let mut memory = self.memory.lock();
+            memory.bundles.insert(desired.bundle_id.clone(), desired.clone());
+            memory.manners.bundles
+        };
+        let mut report = v1::BundleReport { bundle_id: desired.bundle_id.clone(), ..Default::default() };
+        report.set_state(v1::ObservedBundle::Storing);
+        (report.done_bytes, report.total_bytes) = (1, 4);
+        if manner == Snapshots::Silent {
+            return;
+        }
+        self.say(up, Up::Bundle(report.clone())).await;
+        match manner {
+            Snapshots::Complete => {
+                let spec = hearth_snapshot::BundleSpec {
+                    prefix: desired.prefix.clone(),
+                    name: desired.name.clone(),
+                    disk_bytes: 1 << 20,
+                    attributes: serde_json::from_str(&desired.attributes_json).unwrap(),
+                };
+                let disk = tempfile::NamedTempFile::new().unwrap();
+                std::fs::write(disk.path(), crate::cloud::disk_bytes()).unwrap();
+                let source = hearth_snapshot::FileSource::open(disk.path()).unwrap();
+                let made = hearth_snapshot::write_bundle(&*self.objects, spec, &source, Arc::new(|_, _| {})).await;
+                report.manifest_sha256 = made.unwrap().manifest_sha256;
+                report.set_state(v1::ObservedBundle::Complete);
+            }
+            Snapshots::Fail => {
+                report.error = "as it was told to".into();
+                report.set_state(v1::ObservedBundle::Failed);
+            }
+            Snapshots::Freeze | Snapshots::Silent => return,
+        }
+        self.say(up, Up::Bundle(report)).await;
+    }
+
+    async fn take_set(&self, set: v1::DesiredSnapshotSet, up: &mpsc::Sender<v1::AgentMessage>) {
+        let manner = {
+            let mut memory = self.memory.lock();
+            memory.sets.insert(set.set_id.clone(), set.clone());
+            memory.manners.snapshots
+        };
+        for snapshot in &set.snapshots {
+            let mut report = v1::SnapshotReport {
+                snapshot_id: snapshot.snapshot_id.clone(),
+                total_chunks: 4,
+                done_chunks: 1,
+                ..Default::default()
+            };
+            match manner {
+                Snapshots::Silent => continue,
+                Snapshots::Fail => {
+                    report.set_state(v1::ObservedSnapshot::Failed);
+                    report.error = "as it was told to".into();
+                }
+                Snapshots::Freeze | Snapshots::Complete => {
+                    report.set_state(v1::ObservedSnapshot::Frozen);
+                    self.memory.lock().snapshots.insert(snapshot.snapshot_id.clone(), report.clone());
+                }
+            }
+            self.say(up, Up::Snapshot(report)).await;
+        }
+        if manner == Snapshots::Complete {
+            self.finish_set(&set.set_id, up).await;
+        }
+    }
+
+    /// Uploads the snapshots of a set and says so.
+    pub async fn finish_set(&self, set: &str, up: &mpsc::Sender<v1::AgentMessage>) {
+        let set = self.memory.lock().sets.remove(set).expect("the set is known");
+        for snapshot in set.snapshots {
+            let volume = snapshot.volume.clone().unwrap();
+            let written = self.memory.lock().written.remove(&volume.volume_id).unwrap_or_default();
+            let bytes = (written.len() * CHUNK_BYTES) as u64;
+            let domain = snapshot.key_domain.clone().unwrap();
+            let parent = snapshot.parent.as_ref();
+            let root = self.upload(&volume, parent, &domain, &snapshot.snapshot_id, snapshot.epoch, written).await;
+            let mut report = v1::SnapshotReport {
+                snapshot_id: snapshot.snapshot_id.clone(),
+                total_chunks: 4,
+                done_chunks: 4,
+                root,
+                incremental_bytes: bytes,
+                full_bytes: bytes,
+                ..Default::default()
+            };
+            report.set_state(v1::ObservedSnapshot::Completed);
+            self.memory.lock().snapshots.remove(&snapshot.snapshot_id);
+            self.say(up, Up::Snapshot(report)).await;
+        }
+    }
+
+    /// Chunks of a volume that a guest has written since the last snapshot.
+    pub fn write(&self, volume: &str, chunk: u64, byte: u8) {
+        self.memory.lock().written.entry(volume.into()).or_default().insert(chunk, byte);
     }
 
     /// Changes what the host saw of an instance and reports it.
@@ -265,7 +537,12 @@ impl Memory {
             _ => states.push(ObservedState::Gone),
         }
         let mut reports = Vec::new();
+        let slots = desired.spec.as_ref().map(|spec| spec.volumes.clone()).unwrap_or_default();
         for state in states {
+            report.volumes = match state {
+                ObservedState::Running => slots.iter().map(|slot| self.attachment(slot)).collect(),
+                _ => Vec::new(),
+            };
             self.sequence += 1;
             report.sequence = self.sequence;
             report.state = state.into();
@@ -302,21 +579,22 @@ impl Memory {
     }
 }
 
-/// Says back in capitals what it hears.
-async fn echo_console(mut client: AgentServiceClient<Channel>, command: v1::OpenConsoleCommand) {
-    let (up, messages) = mpsc::channel(16);
-    let hello = v1::ConsoleRelayUp {
-        session_id: command.session_id,
-        data: format!("{} login: ", command.instance_id).into(),
-        error: String::new(),
-    };
-    up.send(hello).await.unwrap();
-    let Ok(down) = client.console_relay(ReceiverStream::new(messages)).await else { return };
-    let mut down = down.into_inner();
-    while let Ok(Some(message)) = down.message().await {
-        let data = message.data.to_ascii_uppercase().into();
-        if up.send(v1::ConsoleRelayUp { data, ..Default::default() }).await.is_err() {
-            return;
+impl Memory {
+    fn attachment(&self, slot: &v1::AttachedVolume) -> v1::AttachedVolumeReport {
+        use v1::ObservedAttachment as Seen;
+        let volume = slot.volume.clone().unwrap_or_default();
+        let state = match slot.detach() {
+            _ if self.manners.slow_volumes => Seen::Attaching,
+            v1::DetachWish::Unspecified => Seen::Attached,
+            v1::DetachWish::Ask if self.manners.busy => Seen::Busy,
+            v1::DetachWish::Ask | v1::DetachWish::Force => Seen::Detached,
+        };
+        v1::AttachedVolumeReport {
+            volume_id: volume.volume_id,
+            attach_generation: volume.attach_generation,
+            state: state.into(),
+            size_bytes: volume.size_bytes,
+            ..Default::default()
         }
     }
 }

@@ -98,13 +98,13 @@ async fn a_stopped_instance_changes_its_type_and_is_admitted_with_the_new_size()
     let wide = v1::ModifyInstanceAttributeRequest { user_data: data.user_data, ..of_type(&id, "m5d.large") };
     let changed = user.modify(wide).await.unwrap();
     assert_eq!((changed.instance_type.as_str(), changed.state()), ("m5d.large", S::Stopped));
-    assert_eq!(changed.block_devices.len(), 2, "the new type has an instance-store disk");
+    assert_eq!(changed.block_devices.len(), 1, "instance-store disks are those that the launch has mapped");
     assert_eq!(user.host(&agent.host_id).await.allocated.unwrap().memory_mib, 0, "stopped instances take no room");
     user.start(&id).await.unwrap();
     user.wait_state(&id, S::Running).await;
     let told = agent.memory.lock().has[&id].desired.spec.clone().unwrap();
     assert_eq!((told.instance_type.as_str(), &told.user_data[..]), ("m5d.large", &b"new"[..]));
-    assert_eq!((told.resources.unwrap().memory_mib, told.instance_store.len()), (8192, 1));
+    assert_eq!((told.resources.unwrap().memory_mib, told.instance_store.len()), (8192, 0));
     assert_eq!(user.host(&agent.host_id).await.allocated.unwrap().memory_mib, 8192);
 
     // Two more fit beside each other, but not with the large one running.

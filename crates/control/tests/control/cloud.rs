@@ -22,7 +22,10 @@ use v1::image_service_client::ImageServiceClient;
 use v1::instance_service_client::InstanceServiceClient;
 use v1::instance_type_service_client::InstanceTypeServiceClient;
 use v1::key_pair_service_client::KeyPairServiceClient;
+use v1::snapshot_service_client::SnapshotServiceClient;
+use v1::storage_service_client::StorageServiceClient;
 use v1::tag_service_client::TagServiceClient;
+use v1::volume_service_client::VolumeServiceClient;
 
 /// Longest wait for something that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -53,6 +56,9 @@ pub struct User {
     pub tags: TagServiceClient<Wire>,
     pub accounts: AccountServiceClient<Wire>,
     pub types: InstanceTypeServiceClient<Wire>,
+    pub volumes: VolumeServiceClient<Wire>,
+    pub snapshots: SnapshotServiceClient<Wire>,
+    pub storage: StorageServiceClient<Wire>,
 }
 
 impl User {
@@ -65,7 +71,10 @@ impl User {
             keys: KeyPairServiceClient::new(wire.clone()),
             tags: TagServiceClient::new(wire.clone()),
             accounts: AccountServiceClient::new(wire.clone()),
-            types: InstanceTypeServiceClient::new(wire),
+            types: InstanceTypeServiceClient::new(wire.clone()),
+            volumes: VolumeServiceClient::new(wire.clone()),
+            snapshots: SnapshotServiceClient::new(wire.clone()),
+            storage: StorageServiceClient::new(wire),
         }
     }
 
@@ -191,6 +200,7 @@ pub fn reason(status: &Status) -> String {
 pub struct Cloud {
     pub address: std::net::SocketAddr,
     pub credentials: Credentials,
+    pub objects: Arc<dyn hearth_snapshot::ObjectStore>,
     shutdown: CancellationToken,
     serving: JoinHandle<Result<(), ControlError>>,
 }
@@ -228,10 +238,11 @@ impl Cloud {
 
     fn serve(control: Control, config: &ControlConfig) -> Self {
         let address = control.local_addr();
+        let objects = control.objects();
         let text = std::fs::read_to_string(config.admin_credentials_path()).unwrap();
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn(control.serve(shutdown.clone()));
-        Self { address, credentials: serde_json::from_str(&text).unwrap(), shutdown, serving }
+        Self { address, credentials: serde_json::from_str(&text).unwrap(), objects, shutdown, serving }
     }
 
     pub fn tls(&self) -> ClientTlsConfig {

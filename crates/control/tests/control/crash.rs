@@ -230,13 +230,128 @@ async fn an_interrupted_import_leaves_no_trace_after_the_next_start() {
     cloud.stop().await.ok();
     // Whatever the dying one still managed to remove, a kill would have left.
     std::fs::write(dir.path().join("spool/ami-0123456789abcdef0.upload"), b"half").unwrap();
-    std::fs::write(dir.path().join("images/ami-0123456789abcdef0.raw"), b"half").unwrap();
     let cloud = Cloud::start_on(config(dir.path()), store).await.unwrap();
     let mut user = cloud.user().await;
     assert!(user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images.is_empty());
     assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
-    assert_eq!(std::fs::read_dir(dir.path().join("images")).unwrap().count(), 0);
     let disk = crate::cloud::disk_bytes();
     let image = user.import_bytes(header, vec![disk]).await.unwrap();
     assert_eq!(image.state(), v1::ImageState::Available, "name and token are free again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_an_image_goes_on_after_every_death() {
+    let mut died = 0;
+    for step in 0..8i64 {
+        for last_counts in [false, true] {
+            died += u32::from(one_death_of_a_copy(step, last_counts).await);
+        }
+    }
+    // Registering it, the snapshot's two records and the end: four transactions.
+    assert!(died >= 6, "too few of these moments came, {died} did");
+}
+
+async fn one_death_of_a_copy(after: i64, last_counts: bool) -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(SqliteStore::open_temporary().unwrap());
+    let cloud = Cloud::start_on(config(dir.path()), store.clone()).await.unwrap();
+    let source = cloud.user().await.import("debian").await.image_id;
+    cloud.stop().await.unwrap();
+    let copy = v1::CopyImageRequest {
+        source_image_id: source,
+        name: "copy".into(),
+        client_token: "once".into(),
+        ..Default::default()
+    };
+    let mortal = Arc::new(Mortal { inner: store.clone(), left: AtomicI64::new(3 + after), last_counts });
+    let mut died = true;
+    if let Ok(cloud) = Cloud::start_on(config(dir.path()), mortal.clone()).await {
+        let mut user = cloud.user().await;
+        let answer = user.images.copy_image(copy.clone()).await;
+        died = answer.is_err() || mortal.dead();
+        cloud.stop().await.ok();
+    }
+    mortal.left.store(-1, Ordering::SeqCst);
+    let cloud = Cloud::start_on(config(dir.path()), store).await.unwrap();
+    let mut user = cloud.user().await;
+    let id = user.images.copy_image(copy).await.unwrap().into_inner().image_id;
+    let image = crate::disks::until("the copy is there", || {
+        let (mut user, id) = (user.clone(), id.clone());
+        async move {
+            let image = user.images.get_image(v1::GetImageRequest { image_id: id }).await.unwrap().into_inner();
+            assert_ne!(image.state(), v1::ImageState::Failed, "{image:?}");
+            (image.state() == v1::ImageState::Available).then_some(image)
+        }
+    })
+    .await;
+    let images = user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images;
+    assert_eq!(images.len(), 2, "one copy: {images:#?}");
+    let list = v1::ListSnapshotsRequest::default();
+    let snapshots = user.snapshots.list_snapshots(list).await.unwrap().into_inner().snapshots;
+    assert_eq!(snapshots.len(), 2, "nothing is left behind: {snapshots:#?}");
+    let own = image.block_device_mappings[0].ebs.clone().unwrap().snapshot_id;
+    assert!(snapshots.iter().any(|snapshot| snapshot.snapshot_id == own && snapshot.progress == 100));
+    assert_eq!(user.findings().await, Vec::<String>::new());
+    died
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_image_goes_on_after_every_death() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(SqliteStore::open_temporary().unwrap());
+    let cloud = Cloud::start_on(config(dir.path()), store.clone()).await.unwrap();
+    let mut user = cloud.user().await;
+    let image_id = user.import("debian").await.image_id;
+    let request = v1::CreateStoreImageTaskRequest { image_id, ..Default::default() };
+    let task = user.images.create_store_image_task(request).await.unwrap().into_inner();
+    crate::disks::until("stored", || {
+        let mut user = user.clone();
+        async move {
+            let tasks = user.images.list_store_image_tasks(v1::ListStoreImageTasksRequest::default()).await.unwrap();
+            let done = |task: &v1::StoreImageTask| task.state() == v1::StoreImageTaskState::Completed;
+            tasks.into_inner().tasks.iter().any(done).then_some(())
+        }
+    })
+    .await;
+    cloud.stop().await.unwrap();
+    let mut wanted = 0;
+    for step in 0..4i64 {
+        for last_counts in [false, true] {
+            let restore = v1::CreateRestoreImageTaskRequest {
+                object_key: task.object_key.clone(),
+                name: format!("copy-{step}-{last_counts}"),
+                client_token: format!("{step}-{last_counts}"),
+                ..Default::default()
+            };
+            let mortal = Arc::new(Mortal { inner: store.clone(), left: AtomicI64::new(3 + step), last_counts });
+            if let Ok(cloud) = Cloud::start_on(config(dir.path()), mortal.clone()).await {
+                let mut user = cloud.user().await;
+                if user.images.create_restore_image_task(restore.clone()).await.is_ok() {
+                    // It dies at the task's own transactions, or when it is told to.
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                mortal.left.store(-1, Ordering::SeqCst);
+                cloud.stop().await.ok();
+            }
+            mortal.left.store(-1, Ordering::SeqCst);
+            let cloud = Cloud::start_on(config(dir.path()), store.clone()).await.unwrap();
+            let mut user = cloud.user().await;
+            let id = user.images.create_restore_image_task(restore).await.unwrap().into_inner().image_id;
+            crate::disks::until("restored", || {
+                let (mut user, id) = (user.clone(), id.clone());
+                async move {
+                    let image = user.images.get_image(v1::GetImageRequest { image_id: id }).await.unwrap().into_inner();
+                    assert_ne!(image.state(), v1::ImageState::Failed, "{image:?}");
+                    (image.state() == v1::ImageState::Available).then_some(())
+                }
+            })
+            .await;
+            wanted += 1;
+            let list = v1::ListSnapshotsRequest::default();
+            let snapshots = user.snapshots.list_snapshots(list).await.unwrap().into_inner().snapshots;
+            assert_eq!(snapshots.len(), 1 + wanted, "one for each image, no more");
+            assert_eq!(user.findings().await, Vec::<String>::new());
+            cloud.stop().await.unwrap();
+        }
+    }
 }

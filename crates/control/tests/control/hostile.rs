@@ -9,6 +9,11 @@ use tonic::Code;
 use crate::agent::FakeAgent;
 use crate::cloud::{Cloud, reason, request};
 
+fn root(volume_size_bytes: u64) -> v1::BlockDeviceMapping {
+    let ebs = v1::EbsBlockDevice { volume_size_bytes, ..Default::default() };
+    v1::BlockDeviceMapping { device_name: "/dev/sda1".into(), ebs: Some(ebs), ..Default::default() }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn oversized_and_senseless_launches_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
@@ -35,8 +40,8 @@ async fn oversized_and_senseless_launches_are_refused_by_name() {
         (R { tags: tags(51, 1), ..good.clone() }, "InvalidParameterValue"),
         (R { tags: tags(1, 257), ..good.clone() }, "InvalidParameterValue"),
         (R { network_interface_count: 99, ..good.clone() }, "InvalidParameterValue"),
-        (R { root_volume_bytes: 512, ..good.clone() }, "InvalidParameterValue"),
-        (R { root_volume_bytes: u64::MAX, ..good.clone() }, "InvalidParameterValue"),
+        (R { block_device_mappings: vec![root(512)], ..good.clone() }, "InvalidParameterValue"),
+        (R { block_device_mappings: vec![root(u64::MAX)], ..good.clone() }, "InvalidParameterValue"),
         (R { instance_initiated_shutdown_behavior: "explode".into(), ..good.clone() }, "InvalidParameterValue"),
         (R { key_name: "nobody".into(), ..good.clone() }, "InvalidKeyPair.NotFound"),
     ];
@@ -103,7 +108,9 @@ proptest! {
             ListHostsRequest, GetHostRequest, DrainHostRequest, ActivateHostRequest, RemoveHostRequest, CreateJoinTokenRequest,
             GetCallerIdentityRequest, CreateAccountRequest, ListAccountsRequest, CreateKeyPairRequest, ImportKeyPairRequest,
             ListKeyPairsRequest, DeleteKeyPairRequest, CreateTagsRequest, DeleteTagsRequest, ListTagsRequest, EnrollRequest,
-            RenewCertificateRequest, AgentMessage, FetchImageRequest, ConsoleRelayUp,
+            RenewCertificateRequest, AgentMessage, CreateVolumeRequest, AttachVolumeRequest,
+            ModifyVolumeRequest, ListVolumesRequest, CreateSnapshotsRequest, RegisterImageRequest, CreateImageRequest,
+            DesiredHost, ConsoleRelayUp,
         );
     }
 }

@@ -1,60 +1,71 @@
 //! Images from upload to deletion.
 
 use hearth_proto::v1;
-use sha2::{Digest, Sha256};
 use tonic::Code;
-use v1::fetch_image_response::Content;
 use v1::import_image_request::Message;
 
 use crate::agent::FakeAgent;
 use crate::cloud::{Cloud, disk_bytes, header, reason, request};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_arrives_whole_and_goes_when_its_last_instance_is_gone() {
+async fn an_image_arrives_whole_as_a_snapshot_and_goes_without_harm_to_its_instances() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
     let (agent, _session) = FakeAgent::connected(&cloud, "host-a").await;
     let mut user = cloud.user().await;
     let image = user.import("debian").await;
-    assert_eq!(image.size_bytes, 1 << 20);
-    assert_eq!(image.sha256, hex::encode(Sha256::digest(disk_bytes())));
-    let file = dir.path().join(format!("images/{}.raw", image.image_id));
-    assert_eq!(std::fs::read(&file).unwrap(), disk_bytes());
+    assert_eq!((image.size_bytes, image.root_device_type.as_str()), (1 << 20, "ebs"));
     assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
-
-    let mut client = agent.client(&cloud).await;
-    for offset in [0u64, 4096, 1 << 20] {
-        let fetch = v1::FetchImageRequest { image_id: image.image_id.clone(), offset };
-        let mut stream = client.fetch_image(fetch).await.unwrap().into_inner();
-        let mut got = Vec::new();
-        while let Some(piece) = stream.message().await.unwrap() {
-            assert_eq!(piece.offset, offset + got.len() as u64);
-            match piece.content.unwrap() {
-                Content::Data(data) => got.extend_from_slice(&data),
-                Content::Zeros(zeros) => got.resize(got.len() + zeros as usize, 0),
-            }
-        }
-        assert_eq!(got, disk_bytes()[offset as usize..]);
-    }
-    let fetch = v1::FetchImageRequest { image_id: image.image_id.clone(), offset: (1 << 20) + 1 };
-    let mut stream = client.fetch_image(fetch).await.unwrap().into_inner();
-    assert_eq!(stream.message().await.unwrap_err().code(), Code::InvalidArgument);
+    let root = image.block_device_mappings[0].ebs.clone().unwrap();
+    let request_snapshot = v1::GetSnapshotRequest { snapshot_id: root.snapshot_id.clone() };
+    let snapshot = user.snapshots.get_snapshot(request_snapshot).await.unwrap().into_inner();
+    assert_eq!((snapshot.state(), snapshot.volume_size_bytes), (v1::SnapshotState::Completed, 1 << 20));
+    assert_eq!(exported(&mut user, &image.image_id).await, disk_bytes());
 
     let id = user.run(request(&image, "t3.nano")).await.unwrap().instances[0].instance_id.clone();
-    let deregister = v1::DeregisterImageRequest { image_id: image.image_id.clone() };
+    user.wait_state(&id, v1::InstanceState::Running).await;
+    let deregister = v1::DeregisterImageRequest { image_id: image.image_id.clone(), delete_associated_snapshots: true };
     user.images.deregister_image(deregister.clone()).await.unwrap();
     assert_eq!(reason(&user.images.deregister_image(deregister).await.unwrap_err()), "InvalidAMIID.NotFound");
     assert_eq!(reason(&user.run(request(&image, "t3.nano")).await.unwrap_err()), "InvalidAMIID.NotFound");
-    assert!(file.exists(), "the instance may still need it");
-    user.import("debian").await;
+    // The instance's volume stands on the snapshot: its chunks stay until the instance is gone.
+    let storage = user.storage.clone();
+    let chunks =
+        || async { storage.clone().get_storage_usage(v1::GetStorageUsageRequest {}).await.unwrap().into_inner() };
+    storage.clone().collect_garbage(v1::CollectGarbageRequest {}).await.unwrap();
+    assert_eq!(chunks().await.chunk_objects, 1);
+    let base =
+        agent.memory.lock().has[&id].desired.spec.clone().unwrap().volumes[0].volume.clone().unwrap().base.unwrap();
+    assert_eq!(base.snapshot_id, root.snapshot_id);
     user.terminate(&id).await.unwrap();
     user.wait_state(&id, v1::InstanceState::Terminated).await;
     let gone = tokio::time::timeout(crate::cloud::PATIENCE, async {
-        while file.exists() {
+        while chunks().await.chunk_objects > 0 {
+            storage.clone().collect_garbage(v1::CollectGarbageRequest {}).await.unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     });
-    gone.await.expect("the file goes with its last instance");
+    gone.await.expect("the chunks go with the last volume that stands on them");
+    user.import("debian").await;
+}
+
+/// The root disk of an image, raw.
+pub async fn exported(user: &mut crate::cloud::User, id: &str) -> Vec<u8> {
+    use v1::export_image_response::Message as Piece;
+    let export = v1::ExportImageRequest { image_id: id.into(), format: "raw".into() };
+    let mut stream = user.images.export_image(export).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    let mut size = None;
+    while let Some(piece) = stream.message().await.unwrap() {
+        match piece.message.unwrap() {
+            Piece::FileBytes(bytes) => size = Some(bytes),
+            Piece::Data(data) => got.extend_from_slice(&data),
+            Piece::Zeros(zeros) => got.resize(got.len() + zeros as usize, 0),
+            Piece::Progress(_) => {}
+        }
+    }
+    assert_eq!(size, Some(got.len() as u64));
+    got
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,7 +83,10 @@ async fn bad_files_fail_with_a_reason_and_free_their_name() {
     launch.instance_type = "t3.nano".into();
     assert_eq!(reason(&user.run(launch).await.unwrap_err()), "InvalidAMIID.Unavailable");
     let good = user.import("debian").await;
-    user.images.deregister_image(v1::DeregisterImageRequest { image_id: image.image_id }).await.unwrap();
+    user.images
+        .deregister_image(v1::DeregisterImageRequest { image_id: image.image_id, ..Default::default() })
+        .await
+        .unwrap();
     assert_eq!(
         user.import_bytes(header("debian", 3), vec![vec![1, 2, 3]]).await.unwrap_err().code(),
         Code::AlreadyExists
@@ -108,7 +122,9 @@ async fn uploads_that_break_off_leave_nothing() {
     assert_eq!(reason(&user.import_bytes(other, vec![]).await.unwrap_err()), "IdempotentParameterMismatch");
     assert_eq!(user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images.len(), 1);
     assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
-    assert_eq!(std::fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
+    let snapshots =
+        user.snapshots.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap().into_inner().snapshots;
+    assert_eq!(snapshots.len(), 1, "what broke off has left no snapshot");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,7 +147,7 @@ async fn zeros_travel_as_numbers() {
     }
     let image = image.unwrap();
     assert_eq!(image.size_bytes, size);
-    let file = dir.path().join(format!("images/{}.raw", image.image_id));
-    let metadata = std::fs::metadata(&file).unwrap();
-    assert!(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512 < 8 << 20, "the raw disk is sparse");
+    let usage = user.storage.get_storage_usage(v1::GetStorageUsageRequest {}).await.unwrap().into_inner();
+    assert_eq!(usage.chunk_objects, 1, "holes are not stored");
+    assert_eq!(exported(&mut user, &image.image_id).await.len() as u64, size);
 }

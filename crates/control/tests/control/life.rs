@@ -42,7 +42,10 @@ async fn an_instance_lives_as_on_ec2() {
     assert_eq!(running.availability_zone, "local-1a");
     let told = agent.memory.lock().has[&id].desired.spec.clone().unwrap();
     assert!(told.public_key.starts_with("ssh-ed25519 "));
-    assert_eq!(told.image_sha256.len(), 64);
+    let root = told.volumes[0].volume.clone().unwrap();
+    let base = root.base.unwrap();
+    assert_eq!((told.volumes.len(), root.size_bytes, base.size_bytes), (1, 1 << 30, 1 << 20));
+    assert_eq!(base.key_domain.unwrap().secret.len(), 32, "the host needs it to read the chunks");
     assert_eq!(told.ecu_milli_quota, 500);
     assert_eq!(&told.user_data[..], b"#!/bin/sh\n");
 

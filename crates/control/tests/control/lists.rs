@@ -72,7 +72,7 @@ async fn filters_and_tags_find_instances() {
     let too_many = v1::CreateTagsRequest { resource_ids: vec![ids[0].clone()], tags: many };
     assert_eq!(user.tags.create_tags(too_many).await.unwrap_err().code(), Code::InvalidArgument);
     let unknown = v1::CreateTagsRequest {
-        resource_ids: vec![ids[0].clone(), "vol-0123456789abcdef0".into()],
+        resource_ids: vec![ids[0].clone(), "sg-0123456789abcdef0".into()],
         tags: vec![tag("a", "b")],
     };
     assert_eq!(reason(&user.tags.create_tags(unknown).await.unwrap_err()), "InvalidID");

@@ -3,15 +3,23 @@
 
 mod agent;
 mod cloud;
+mod console;
+mod disks;
 
 mod access;
 mod agents;
+mod amis;
 mod attributes;
+mod bundles;
 mod crash;
 mod hostile;
 mod images;
 mod lease;
 mod life;
 mod lists;
+mod objects;
 mod placement;
+mod replace;
+mod snapshots;
 mod storm;
+mod volumes;

@@ -127,6 +127,7 @@ fn obey_with(machine: &mut Machine, command: Command, fds: Vec<OwnedFd>) -> Resu
         Command::SetDiskLimits { serial, limits } => machine.set_disk_limits(&serial, limits),
         Command::ConnectVolume { serial, socket } => machine.connect_volume(&serial, socket, Descriptors::new(fds)),
         Command::StageChunks { serial, chunks } => machine.stage_chunks(&serial, &chunks),
+        Command::ChunksCame { serial } => machine.chunks_came(&serial),
         Command::Thaw { serial, restore_dirty } => machine.thaw_disk(&serial, restore_dirty),
         // Done before.
         Command::Hello { .. } | Command::Create(_) | Command::Kill | Command::Freeze { .. } => Ok(()),

@@ -264,6 +264,12 @@ pub enum Command {
         /// Chunk numbers.
         chunks: Vec<u64>,
     },
+    /// Chunks of a layered disk's base have come. An agent that has the disk's eventfd writes that instead; one that was
+    /// restarted has lost it.
+    ChunksCame {
+        /// [`DiskSpec::serial`].
+        serial: String,
+    },
     /// End a freeze.
     Thaw {
         /// [`DiskSpec::serial`].

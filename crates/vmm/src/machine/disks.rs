@@ -209,6 +209,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Has reads of a layered disk that wait for chunks look again.
+    pub fn chunks_came(&mut self, serial: &str) -> Result<(), MachineError> {
+        self.io.layered(serial)?.presence_changed();
+        Ok(())
+    }
+
     /// Ends a freeze.
     pub fn thaw_disk(&mut self, serial: &str, restore_dirty: bool) -> Result<(), MachineError> {
         self.io.layered(serial)?.thaw(restore_dirty);

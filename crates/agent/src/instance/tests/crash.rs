@@ -133,8 +133,9 @@ async fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
     let table = world.table.lock();
     prop_assert_eq!(&table.violations, &Vec::<String>::new());
     prop_assert!(table.vmms.is_empty() && table.registered.is_empty());
-    for folder in [layout.instances(), layout.run_root().to_owned()] {
-        let left: Vec<_> = std::fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.path()).collect();
+    for folder in [layout.instances(), layout.run_root().to_owned(), layout.stages(), layout.staged()] {
+        let entries = std::fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.path());
+        let left: Vec<_> = entries.filter(|path| *path != layout.staged()).collect();
         prop_assert!(left.is_empty(), "{left:?}");
     }
     Ok(())

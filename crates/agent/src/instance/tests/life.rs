@@ -16,7 +16,7 @@ async fn an_instance_runs_stops_starts_and_is_terminated() {
     assert!(world.table.lock().registered.contains(&id));
     std::fs::OpenOptions::new()
         .write(true)
-        .open(layout.root_disk(&id))
+        .open(agent.root_folder(&id).join("data"))
         .unwrap()
         .write_all_at(b"mine", 500_000)
         .unwrap();
@@ -30,7 +30,7 @@ async fn an_instance_runs_stops_starts_and_is_terminated() {
     agent.supervisor.apply(wanted.want(&id, RunState::Running));
     assert_eq!(agent.until(&id, State::Running, 3).await.boot_count, 2);
     let mut kept = [0u8; 4];
-    std::fs::File::open(layout.root_disk(&id)).unwrap().read_exact_at(&mut kept, 500_000).unwrap();
+    std::fs::File::open(agent.root_folder(&id).join("data")).unwrap().read_exact_at(&mut kept, 500_000).unwrap();
     assert_eq!(&kept, b"mine", "the root volume outlives a stop");
 
     agent.supervisor.apply(wanted.want(&id, RunState::Terminated));
@@ -151,7 +151,7 @@ async fn what_cannot_start_is_reported_with_its_reason() {
     type Change = fn(&mut hearth_proto::v1::InstanceSpec);
     let cases: [(Change, &str, &str); 3] = [
         (|spec| spec.resources.as_mut().unwrap().memory_mib = 4096, StateReason::INSUFFICIENT_CAPACITY, "memory"),
-        (|spec| spec.root_volume_id = "x".into(), StateReason::INTERNAL_ERROR, "root_volume_id"),
+        (|spec| spec.root_device_name = "/dev/xvda".into(), StateReason::INTERNAL_ERROR, "root device"),
         (
             |spec| spec.boot.get_or_insert_default().cmdline = "x".repeat(3000),
             StateReason::INVALID_IMAGE,
@@ -187,28 +187,25 @@ async fn a_root_volume_that_a_guest_has_spoiled_is_not_the_images_fault() {
     agent.until(&id, State::Running, 1).await;
     agent.supervisor.apply(wanted.want(&id, RunState::Stopped));
     agent.until(&id, State::Stopped, 2).await;
-    let root = world.layout().root_disk(&id);
-    let good = std::fs::read(&root).unwrap();
-    let disk = std::fs::OpenOptions::new().write(true).open(&root).unwrap();
-    disk.write_all_at(&vec![0; good.len()], 0).unwrap();
+    agent.wipe_root(&id).await;
     agent.supervisor.apply(wanted.want(&id, RunState::Running));
     let reason = agent.until(&id, State::Failed, 3).await.reason.unwrap();
     assert_eq!(reason.code, StateReason::CLIENT_INTERNAL_ERROR);
     assert!(reason.message.contains("does not boot any more: the root disk has neither"), "{reason:?}");
-    // Mended, it starts again.
-    disk.write_all_at(&good, 0).unwrap();
+    // Restored, it starts again.
+    std::fs::remove_dir_all(agent.root_folder(&id)).unwrap();
     agent.supervisor.apply(wanted.want(&id, RunState::Running));
     assert_eq!(agent.until(&id, State::Running, 4).await.boot_count, 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_image_that_cannot_be_fetched_yet_is_waited_for() {
+async fn an_object_store_that_cannot_be_reached_is_waited_for() {
     let (world, mut wanted) = (World::new(), Wanted::default());
-    let agent = Agent::start(&world);
+    let link = std::sync::Arc::new(crate::link::Link::default());
+    let agent = Agent::start_with(&world, std::sync::Arc::new(crate::storage::RemoteObjects(link)));
     let id = id(1);
     wanted.want(&id, RunState::Running);
-    let other = "ami-00000000000000000".to_owned();
-    agent.supervisor.apply(wanted.change(&id, |desired| desired.spec.as_mut().unwrap().image_id = other).unwrap());
+    agent.supervisor.apply(wanted.change(&id, |_| ()).unwrap());
     for _ in 0..50 {
         tokio::time::sleep(std::time::Duration::from_secs(10)).await;
         assert_eq!(agent.report(&id).state(), State::Preparing);
@@ -268,12 +265,13 @@ async fn older_wishes_and_unreadable_records_change_nothing() {
     agent.supervisor.apply(wanted.want(&two, RunState::Running));
     agent.until(&two, State::Running, 1).await;
     assert!(world.runs(&one));
+    let root = agent.root_folder(&one);
     drop(agent);
     std::fs::write(world.layout().record(&one), b"{ damaged").unwrap();
     let agent = Agent::start(&world);
     let report = agent.until(&one, State::Failed, 0).await;
     assert!(report.reason.unwrap().message.contains("damaged"));
-    assert!(world.runs(&one) && world.layout().root_disk(&one).exists(), "left for the operator");
+    assert!(world.runs(&one) && root.exists(), "left for the operator");
     agent.until(&two, State::Running, 1).await;
     agent.supervisor.apply_host(wanted.all());
     let report = agent.until(&one, State::Failed, 2).await;

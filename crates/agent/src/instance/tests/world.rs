@@ -2,31 +2,38 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::stream::BoxStream;
+use futures::FutureExt;
+use hearth_block::{Cause, ChunkFetcher, Engine, LayeredVolume, OpenOptions, Operation, Request, Volume, VolumeEvents};
 use hearth_proto::v1::{self, DesiredHost, DesiredInstance, InstanceReport, ObservedState, RunState};
-use hearth_types::{ImageId, InstanceId, Resources};
+use hearth_snapshot::{CHUNK_BYTES, Epoch, IndexedSource, ManifestSpec, ObjectStore, SnapshotKey, SnapshotUpload};
+use hearth_types::{InstanceId, Resources};
 use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, watch};
 
 use crate::boot::BootLoader;
 use crate::boot::tests::support::{FS_UUID, Files, ext4, fake_kernel};
 use crate::capacity::{Admission, Calibration};
-use crate::images::{FetchError, ImageSource, Images, Piece};
 use crate::instance::Host;
-use crate::launch::{Found, LaunchError, LaunchSpec, Vmm, VmmEnd, VmmLauncher};
+use crate::launch::{
+    Backing, Disk, DiskControl, DiskEvents, DiskLimits, Found, FreezeDisk, LaunchError, LaunchSpec, Vmm, VmmEnd,
+    VmmLauncher,
+};
 use crate::net::{HostNet, HostNetError, Metadata, NicRequest};
 use crate::reports::Reports;
 use crate::state::Layout;
+use crate::storage::{Bases, HostVolumes, Snapshots, chunk_store};
 use crate::supervisor::Supervisor;
-use crate::volumes::RawVolumes;
 
 pub const IMAGE: &str = "ami-0123456789abcdef0";
+const SNAPSHOT: &str = "snap-0123456789abcdef0";
+/// Each instance has a root volume of its own.
+static NEXT_VOLUME: AtomicU64 = AtomicU64::new(0x123456789abcdef0);
 pub const STORE_BYTES: u64 = 1 << 20;
 
 /// Stops an agent for good after so many steps.
@@ -110,11 +117,7 @@ struct Handle {
 
 impl World {
     pub fn new() -> Arc<Self> {
-        let world = Self { folder: tempfile::tempdir().unwrap(), table: Mutex::default() };
-        let images = world.folder.path().join("images-of-control");
-        std::fs::create_dir(&images).unwrap();
-        std::fs::write(images.join(format!("{IMAGE}.raw")), image()).unwrap();
-        Arc::new(world)
+        Arc::new(Self { folder: tempfile::tempdir().unwrap(), table: Mutex::default() })
     }
 
     pub fn layout(&self) -> Layout {
@@ -161,7 +164,11 @@ impl VmmLauncher for Launcher {
                 return Err(LaunchError::AlreadyRunning(id));
             }
             for disk in &spec.disks {
-                if disk.file.metadata().unwrap().len() == 0 {
+                let file = match &disk.backing {
+                    Backing::Raw(file) => file,
+                    Backing::Layered(layered) => &layered.files.data,
+                };
+                if file.metadata().unwrap().len() == 0 {
                     table.violations.push(format!("an empty disk of {id}"));
                 }
             }
@@ -227,6 +234,61 @@ impl Vmm for Handle {
     async fn kill(&self) {
         self.world.end(&self.instance, VmmEnd::Killed);
     }
+
+    fn disks(&self) -> Arc<dyn DiskControl> {
+        Arc::new(Obedient)
+    }
+
+    fn take_events(&mut self) -> Option<DiskEvents> {
+        None
+    }
+}
+
+/// Brings nothing, tells nothing.
+struct Silent;
+
+impl ChunkFetcher for Silent {
+    fn fetch(&self, _: u64) {}
+}
+
+impl VolumeEvents for Silent {
+    fn impaired(&self, _: Cause) {}
+    fn recovered(&self) {}
+}
+
+/// Does at once what it is told.
+struct Obedient;
+
+#[async_trait]
+impl DiskControl for Obedient {
+    async fn attach(&self, _: Disk, _: u16) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn detach(&self, _: &str, _: bool) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn resize(&self, _: &str, _: u64) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn limit(&self, _: &str, _: DiskLimits) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn freeze(&self, disks: Vec<FreezeDisk>) -> Result<Vec<u64>, LaunchError> {
+        Ok(vec![0; disks.len()])
+    }
+    async fn stage(&self, _: &str, _: Vec<u64>) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn chunks_came(&self, _: &str) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn serials(&self) -> Result<Vec<String>, LaunchError> {
+        // What it was started with: the same that is wanted.
+        Err(LaunchError::Vmm("it does not tell".to_owned()))
+    }
+    async fn thaw(&self, _: &str, _: bool) -> Result<(), LaunchError> {
+        Ok(())
+    }
 }
 
 struct Network(Arc<World>);
@@ -248,13 +310,37 @@ impl HostNet for Network {
     }
 }
 
-struct NoSource;
-
-#[async_trait]
-impl ImageSource for NoSource {
-    async fn fetch(&self, _: &ImageId, _: u64) -> Result<BoxStream<'static, Result<Piece, FetchError>>, FetchError> {
-        Err(FetchError::Unreachable("no control plane".into()))
-    }
+/// An object store with one snapshot, of [`image`].
+fn store() -> &'static (Arc<dyn ObjectStore>, v1::BaseSnapshot) {
+    static STORE: OnceLock<(Arc<dyn ObjectStore>, v1::BaseSnapshot)> = OnceLock::new();
+    STORE.get_or_init(|| {
+        // On a thread of its own: the caller's runtime may have a clock that stands still.
+        std::thread::spawn(|| {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            runtime.block_on(async {
+                let objects =
+                    hearth_snapshot::open_store("memory:", &hearth_snapshot::StoreOptions::default()).unwrap();
+                let domain = v1::KeyDomain { name: "plain".into(), secret: vec![7; 32].into() };
+                let chunks = chunk_store(&objects, Some(&domain)).unwrap();
+                let size_bytes = image().len() as u64;
+                let spec = ManifestSpec { id: SnapshotKey::new(SNAPSHOT).unwrap(), size_bytes, epoch: Epoch(0) };
+                let read = |chunk: u64| {
+                    let start = chunk as usize * CHUNK_BYTES;
+                    let mut content = image()[start..image().len().min(start + CHUNK_BYTES)].to_vec();
+                    content.resize(CHUNK_BYTES, 0);
+                    async move { Ok(Some(content.into())) }.boxed()
+                };
+                let source = IndexedSource::new(0..size_bytes.div_ceil(CHUNK_BYTES as u64), Box::new(read));
+                let made = SnapshotUpload::new(chunks, spec, None).run(&source).await.unwrap();
+                let root = made.manifest.root_hash.to_string();
+                let base =
+                    v1::BaseSnapshot { snapshot_id: SNAPSHOT.into(), root, size_bytes, key_domain: Some(domain) };
+                (objects, base)
+            })
+        })
+        .join()
+        .unwrap()
+    })
 }
 
 fn image() -> &'static [u8] {
@@ -273,16 +359,26 @@ pub fn id(number: u32) -> InstanceId {
 pub fn spec() -> v1::InstanceSpec {
     v1::InstanceSpec {
         image_id: IMAGE.into(),
-        image_sha256: hex::encode(Sha256::digest(image())),
-        image_bytes: image().len() as u64,
         instance_type: "h1.tiny".into(),
         resources: Some(v1::Resources { vcpus: 1, memory_mib: 128, ecu_milli: 0, instance_store_bytes: STORE_BYTES }),
-        root_volume_id: "vol-0123456789abcdef0".into(),
-        root_volume_bytes: image().len() as u64,
+        root_device_name: "/dev/sda1".into(),
+        volumes: vec![v1::AttachedVolume {
+            detach_attempt: 0,
+            device_name: "/dev/sda1".into(),
+            volume: Some(v1::HostVolume {
+                volume_id: format!("vol-{:017x}", NEXT_VOLUME.fetch_add(1, Ordering::Relaxed)),
+                attach_generation: 1,
+                size_bytes: (image().len() as u64).next_multiple_of(4096),
+                base: Some(store().1.clone()),
+                ..Default::default()
+            }),
+            detach: 0,
+        }],
         instance_store: vec![v1::InstanceStoreDisk {
             virtual_name: "ephemeral0".into(),
             serial: "ephemeral0".into(),
             size_bytes: STORE_BYTES,
+            device_name: "/dev/sdb".into(),
         }],
         network_interfaces: vec![v1::NetworkInterface {
             device_index: 0,
@@ -302,23 +398,30 @@ pub struct Agent {
 
 impl Agent {
     pub fn start(world: &Arc<World>) -> Self {
+        Self::start_with(world, store().0.clone())
+    }
+
+    pub fn start_with(world: &Arc<World>, objects: Arc<dyn ObjectStore>) -> Self {
         let layout = world.layout();
         let folder = |path: &Path| std::fs::create_dir_all(path).unwrap();
         folder(layout.state_root());
         folder(layout.run_root());
-        let local: PathBuf = world.folder.path().join("images-of-control");
         let crash = CrashPoint::default();
         let capacity = Resources { vcpus: 4, memory_mib: 512, ecu_milli: 0, instance_store_bytes: 1 << 30 };
+        let bases = Arc::new(Bases::new(layout.clone(), objects, "boot".into(), 0));
+        let volumes = Arc::new(HostVolumes::new(layout.clone(), bases).unwrap());
+        let reports = Arc::new(Reports::default());
+        let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone()).unwrap();
         let host = Arc::new(Host {
             layout: layout.clone(),
             launcher: Arc::new(Launcher { world: world.clone(), crash: crash.clone() }),
             network: Arc::new(Network(world.clone())),
-            volumes: Arc::new(RawVolumes),
-            images: Images::new(layout.clone(), Some(local), Arc::new(NoSource)),
+            volumes,
+            snapshots: Arc::new(snapshots),
             boot: Arc::new(BootLoader::new(&layout.kernels()).unwrap()),
             admission: Admission::new(capacity, 100),
             calibration: Calibration { machine: "test".into(), threads: 4, ecu_milli_per_thread: 1000 },
-            reports: Reports::default(),
+            reports,
             starts: Arc::new(tokio::sync::Semaphore::new(2)),
             stop_timeout: Duration::from_secs(90),
             terminate_timeout: Duration::from_secs(10),
@@ -331,6 +434,41 @@ impl Agent {
 
     pub fn report(&self, instance: &InstanceId) -> InstanceReport {
         self.host.reports.get(instance).unwrap_or_default()
+    }
+
+    fn root_volume(&self, instance: &InstanceId) -> v1::HostVolume {
+        let record = crate::state::InstanceRecord::load(&self.host.layout, instance).unwrap().unwrap();
+        record.desired.spec.unwrap().volumes.remove(0).volume.unwrap()
+    }
+
+    /// Where an instance's root volume is.
+    pub fn root_folder(&self, instance: &InstanceId) -> std::path::PathBuf {
+        self.host.layout.volume(&self.root_volume(instance).volume_id.parse().unwrap())
+    }
+
+    /// Does what a guest does that zeroes its root disk.
+    pub async fn wipe_root(&self, instance: &InstanceId) {
+        let placed = self.host.volumes.place(&self.root_volume(instance)).await.unwrap();
+        let options = OpenOptions {
+            generation: 1,
+            fetcher: Arc::new(Silent),
+            events: Arc::new(Silent),
+            engine: Engine::ThreadPool,
+            direct: false,
+        };
+        let volume = LayeredVolume::open(placed.files().unwrap(), options).unwrap();
+        let mut queue = volume.open_queue(4).unwrap();
+        let length = volume.size_bytes();
+        let operation = Operation::WriteZeroes { may_unmap: true };
+        // SAFETY: there are no buffers.
+        unsafe { queue.submit(Request { operation, offset: 0, length, buffers: &[], token: 1 }) }.unwrap();
+        queue.kick().unwrap();
+        let mut done = 0;
+        while done == 0 {
+            queue.drain(&mut |_| done += 1).unwrap();
+        }
+        drop(queue);
+        volume.close_clean().unwrap();
     }
 
     /// Waits (in the clock's own time) until an instance is in a state at a generation.
@@ -378,6 +516,6 @@ impl Wanted {
     }
 
     pub fn all(&self) -> DesiredHost {
-        DesiredHost { instances: self.0.values().cloned().collect() }
+        DesiredHost { instances: self.0.values().cloned().collect(), ..DesiredHost::default() }
     }
 }

@@ -59,6 +59,7 @@ impl Volume {
         let (disk, agent) = (Arc::new(SimDisk::default()), Arc::new(Agent::default()));
         disk.storage(FileId::Data).set_length(SIZE).unwrap();
         let spec = MapSpec {
+            filled: false,
             volume_id: "vol-0123456789abcdef0".into(),
             size_bytes: SIZE,
             base_root: Some([7; 32]),

@@ -73,6 +73,7 @@ impl Files {
         files.file("data").set_len(SIZE).unwrap();
         files.file("base").set_len(SIZE).unwrap();
         let spec = MapSpec {
+            filled: false,
             volume_id: "vol-0123456789abcdef0".into(),
             size_bytes: SIZE,
             base_root: Some([9; 32]),

@@ -181,6 +181,7 @@ impl World {
         disk.storage(FileId::Data).set_length(SIZE).unwrap();
         disk.storage(FileId::Data).sync().unwrap();
         let spec = MapSpec {
+            filled: false,
             volume_id: "vol-0123456789abcdef0".into(),
             size_bytes: SIZE,
             base_root: Some([7; 32]),

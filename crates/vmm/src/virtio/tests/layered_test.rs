@@ -44,6 +44,7 @@ impl Agent {
         agent.file("data").set_len(BYTES).unwrap();
         agent.file("base").set_len(BYTES).unwrap();
         let spec = MapSpec {
+            filled: false,
             volume_id: "vol-a".into(),
             size_bytes: BYTES,
             base_root: Some([1; 32]),

@@ -1,0 +1,400 @@
+//! The EBS volumes of a running guest: what is attached, and the way from there to what is wanted.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hearth_proto::v1::{self, AttachedVolumeReport, DetachWish, ObservedAttachment};
+use hearth_vmm::control::protocol::{Event, VolumeCause};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::watch;
+use tokio::time::{Duration, Instant};
+
+use super::Attachment;
+use crate::launch::{Backing, Disk, DiskControl, DiskLimits, LayeredBacking};
+use crate::storage::{Base, HostVolumes, Placed, VolumeError};
+
+/// How long a guest may take to let go of a disk before it counts as busy.
+const BUSY_AFTER: Duration = Duration::from_secs(15);
+/// Chunks fetched ahead when a guest waits for one.
+const READ_AHEAD: u64 = 4;
+
+/// One volume that a VMM has, or had until it let go of it.
+pub struct Slot {
+    /// As it was attached.
+    pub volume: v1::HostVolume,
+    serial: String,
+    base: Option<Arc<Base>>,
+    /// Taken up from an earlier agent, and its base is not found yet.
+    orphan: bool,
+    /// Chunks that the guest waits for until then.
+    missed: Vec<u64>,
+    /// Held so that the base tells of chunks that come.
+    _listener: Option<Listener>,
+    state: ObservedAttachment,
+    asked: Option<Instant>,
+    /// Number of the newest request that the guest was asked for.
+    attempt: u32,
+    forced: bool,
+    impaired: String,
+    error: String,
+}
+
+/// Is called when chunks of a base have come.
+type Listener = Arc<dyn Fn() + Send + Sync>;
+
+/// Tells a VMM of chunks over its connection, as often as it can take it. Ends with the listener.
+fn caller(serial: String, disks: Arc<dyn DiskControl>) -> Listener {
+    let (news, mut heard) = watch::channel(());
+    tokio::spawn(async move {
+        while heard.changed().await.is_ok() {
+            if let Err(error) = disks.chunks_came(&serial).await {
+                tracing::debug!(serial, %error, "telling a VMM of chunks");
+            }
+        }
+    });
+    Arc::new(move || {
+        news.send_replace(());
+    })
+}
+
+/// How fast a volume may be.
+fn limits(volume: &v1::HostVolume) -> DiskLimits {
+    DiskLimits { iops: u64::from(volume.iops), bytes_per_second: u64::from(volume.throughput_mibps) << 20 }
+}
+
+/// Opens a volume for a VMM: the disk to give to it, and what is kept of it here.
+pub fn open_for_vmm(placed: &Placed) -> Result<(Disk, Slot), VolumeError> {
+    let failed =
+        |errno: nix::Error| VolumeError::Spec { id: placed.id.to_string(), reason: format!("eventfd: {errno}") };
+    // Grows it, if it is to be larger, and tells early when somebody else has it.
+    drop(placed.open_offline()?);
+    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(failed)?;
+    let wake: OwnedFd = wake.into();
+    let bell =
+        wake.try_clone().map_err(|error| VolumeError::Spec { id: placed.id.to_string(), reason: error.to_string() })?;
+    let slot = Slot::with(
+        placed,
+        Arc::new(move || {
+            // A full counter rings as well.
+            let _ = nix::unistd::write(&bell, &1u64.to_ne_bytes());
+        }),
+    );
+    let backing = LayeredBacking {
+        files: placed.files()?,
+        wake,
+        generation: placed.wanted.attach_generation,
+        limits: limits(&placed.wanted),
+    };
+    Ok((Disk { serial: placed.id.serial(), backing: Backing::Layered(Box::new(backing)) }, slot))
+}
+
+impl Slot {
+    fn with(placed: &Placed, ring: Listener) -> Self {
+        let mut slot = Self::of(placed.id.serial(), placed.wanted.clone(), ObservedAttachment::Attached);
+        slot.follow_base(placed.base.as_ref(), ring);
+        slot
+    }
+
+    fn of(serial: String, volume: v1::HostVolume, state: ObservedAttachment) -> Self {
+        Self {
+            volume,
+            serial,
+            base: None,
+            orphan: false,
+            missed: Vec::new(),
+            _listener: None,
+            state,
+            asked: None,
+            attempt: 0,
+            forced: false,
+            impaired: String::new(),
+            error: String::new(),
+        }
+    }
+
+    /// Has `ring` called when chunks of the base come.
+    fn follow_base(&mut self, base: Option<&Arc<Base>>, ring: Listener) {
+        if let Some(base) = base {
+            base.listen(&ring);
+            self.base = Some(base.clone());
+            self._listener = Some(ring);
+        }
+    }
+
+    fn report(&self) -> AttachedVolumeReport {
+        AttachedVolumeReport {
+            volume_id: self.volume.volume_id.clone(),
+            attach_generation: self.volume.attach_generation,
+            state: self.state.into(),
+            error: self.error.clone(),
+            impaired: self.impaired.clone(),
+            size_bytes: self.volume.size_bytes,
+        }
+    }
+}
+
+fn cause(cause: VolumeCause) -> String {
+    match cause {
+        VolumeCause::NoSpace => "the host's file system is full: its writes wait".to_owned(),
+        VolumeCause::ChunkUnavailable { chunk } => {
+            format!("chunk {chunk} does not come from the object store: its reads wait")
+        }
+        VolumeCause::SyncFailed { errno } => {
+            let error = std::io::Error::from_raw_os_error(errno);
+            format!("writes cannot be made durable ({error}): detach it, or stop the instance")
+        }
+        VolumeCause::Disconnected => "the connection to the volume's server is lost: its requests wait".to_owned(),
+        VolumeCause::StageFailed { errno } => {
+            let error = std::io::Error::from_raw_os_error(errno);
+            format!("a snapshot in the making is lost: {error}")
+        }
+    }
+}
+
+/// All volumes of one guest.
+#[derive(Default)]
+pub struct Slots(Vec<Slot>);
+
+impl Slots {
+    /// Those that a VMM was started with.
+    pub fn begin(&mut self, slots: Vec<Slot>) {
+        self.0 = slots;
+    }
+
+    /// The VMM is gone, and every volume with it.
+    pub fn end(&mut self) {
+        self.0.clear();
+    }
+
+    /// After the agent was away: those of the volumes that the VMM has.
+    pub async fn adopt(&mut self, volumes: &HostVolumes, wanted: &[Attachment], disks: &Arc<dyn DiskControl>) {
+        let there = match disks.serials().await {
+            Ok(there) => Some(there),
+            Err(error) => {
+                tracing::warn!(%error, "the VMM does not tell its disks: it counts as having all");
+                None
+            }
+        };
+        for attachment in wanted {
+            let serial = attachment.id.serial();
+            if there.as_ref().is_some_and(|there| !there.contains(&serial)) {
+                continue;
+            }
+            // A snapshot that the agent before was making has failed: what it would have had belongs to the next one.
+            if let Err(error) = disks.thaw(&serial, true).await {
+                tracing::debug!(volume = %attachment.id, %error, "ending a freeze");
+            }
+            // Its base may have to wait for the connection to the control plane; the guest has the disk all the same.
+            let orphan = attachment.volume.base.is_some();
+            self.0.push(Slot { state: ObservedAttachment::Attached, orphan, ..Slot::detached(attachment) });
+        }
+        self.find_bases(volumes, disks).await;
+    }
+
+    /// Finds the bases of volumes that were taken up again. `true` when some are missing.
+    async fn find_bases(&mut self, volumes: &HostVolumes, disks: &Arc<dyn DiskControl>) -> bool {
+        let mut missing = false;
+        for slot in self.0.iter_mut().filter(|slot| slot.orphan) {
+            match volumes.place(&slot.volume).await {
+                Ok(placed) => {
+                    slot.orphan = false;
+                    slot.follow_base(placed.base.as_ref(), caller(slot.serial.clone(), disks.clone()));
+                    if let Some(base) = &slot.base {
+                        slot.missed.drain(..).for_each(|chunk| base.want(chunk, true));
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(volume = slot.volume.volume_id, %error, "taking up a volume again");
+                    missing = true;
+                }
+            }
+        }
+        missing
+    }
+
+    /// What is told of them.
+    pub fn reports(&self, running: bool, wanted: &[Attachment]) -> Vec<AttachedVolumeReport> {
+        if running {
+            return self.0.iter().map(Slot::report).collect();
+        }
+        // Without a guest nobody holds on to anything.
+        let state = |attachment: &Attachment| match attachment.detach {
+            DetachWish::Unspecified => ObservedAttachment::Attached,
+            DetachWish::Ask | DetachWish::Force => ObservedAttachment::Detached,
+        };
+        let report = |attachment: &Attachment| AttachedVolumeReport {
+            volume_id: attachment.volume.volume_id.clone(),
+            attach_generation: attachment.volume.attach_generation,
+            state: state(attachment).into(),
+            size_bytes: attachment.volume.size_bytes,
+            ..AttachedVolumeReport::default()
+        };
+        wanted.iter().map(report).collect()
+    }
+
+    /// Works in what the VMM tells.
+    pub fn hear(&mut self, event: &Event) {
+        match event {
+            Event::DiskDetached { serial, durable } => {
+                if let Some(slot) = self.of(serial) {
+                    slot.state = ObservedAttachment::Detached;
+                    if !durable {
+                        "the host's file system failed: not all of its writes are durable".clone_into(&mut slot.error);
+                    }
+                }
+            }
+            Event::FetchChunks { serial, chunks } => {
+                let Some(slot) = self.of(serial) else { return };
+                let Some(base) = slot.base.clone() else {
+                    if slot.orphan {
+                        slot.missed.extend(chunks);
+                    }
+                    return;
+                };
+                for chunk in chunks {
+                    base.want(*chunk, true);
+                }
+                for chunk in chunks {
+                    (1..=READ_AHEAD).for_each(|ahead| base.want(chunk.saturating_add(ahead), false));
+                }
+            }
+            Event::VolumeImpaired { serial, cause: why } => {
+                if let Some(slot) = self.of(serial) {
+                    slot.impaired = cause(*why);
+                }
+            }
+            Event::VolumeRecovered { serial } => {
+                if let Some(slot) = self.of(serial) {
+                    slot.impaired.clear();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn of(&mut self, serial: &str) -> Option<&mut Slot> {
+        self.0.iter_mut().find(|slot| slot.serial == serial)
+    }
+
+    /// Takes the next steps towards what is wanted. `true` when there is something to look at again soon.
+    pub async fn approach(
+        &mut self,
+        wanted: &[Attachment],
+        volumes: &HostVolumes,
+        disks: &Arc<dyn DiskControl>,
+        queues: u16,
+        is_root: impl Fn(&Attachment) -> bool,
+    ) -> bool {
+        let gone = ObservedAttachment::Detached;
+        // The control plane has seen that it is off.
+        self.0.retain(|slot| {
+            slot.state != gone
+                || wanted.iter().any(|other| {
+                    other.volume.attach_generation == slot.volume.attach_generation
+                        && other.volume.volume_id == slot.volume.volume_id
+                })
+        });
+        let mut again = self.find_bases(volumes, disks).await;
+        for attachment in wanted {
+            let serial = attachment.id.serial();
+            let known = self.0.iter().position(|slot| slot.serial == serial);
+            match known.and_then(|at| self.0.get_mut(at)) {
+                Some(slot) if slot.state == ObservedAttachment::Failed => {
+                    self.0.retain(|slot| slot.serial != serial);
+                    again = true;
+                }
+                Some(slot) => again |= follow(slot, attachment, disks.as_ref()).await,
+                // Another root volume comes with the reboot that is wanted with it.
+                None if is_root(attachment) => {}
+                None if attachment.detach == DetachWish::Unspecified => {
+                    again |= self.attach(attachment, volumes, disks.as_ref(), queues).await;
+                }
+                None => self.0.push(Slot::detached(attachment)),
+            }
+        }
+        again
+    }
+
+    async fn attach(
+        &mut self,
+        attachment: &Attachment,
+        volumes: &HostVolumes,
+        disks: &dyn DiskControl,
+        queues: u16,
+    ) -> bool {
+        let attached = async {
+            let placed = volumes.place(&attachment.volume).await.map_err(|error| error.to_string())?;
+            let opened = tokio::task::spawn_blocking(move || open_for_vmm(&placed)).await;
+            let (disk, slot) = opened.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+            disks.attach(disk, queues).await.map_err(|error| error.to_string())?;
+            Ok::<_, String>(slot)
+        };
+        match attached.await {
+            Ok(slot) => {
+                tracing::info!(volume = %attachment.id, "volume attached");
+                self.0.push(slot);
+                false
+            }
+            Err(error) => {
+                tracing::warn!(volume = %attachment.id, error, "the volume cannot be attached yet");
+                self.0.push(Slot { state: ObservedAttachment::Failed, error, ..Slot::detached(attachment) });
+                true
+            }
+        }
+    }
+}
+
+impl Slot {
+    fn detached(attachment: &Attachment) -> Self {
+        Self::of(attachment.id.serial(), attachment.volume.clone(), ObservedAttachment::Detached)
+    }
+}
+
+/// Brings one attached volume closer to its wish.
+async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn DiskControl) -> bool {
+    if slot.state == ObservedAttachment::Detached {
+        return false;
+    }
+    let force = attachment.detach == DetachWish::Force;
+    if attachment.detach != DetachWish::Unspecified {
+        let anew = attachment.detach_attempt > slot.attempt;
+        if slot.asked.is_none() || anew || (force && !slot.forced) {
+            match disks.detach(&slot.serial, force).await {
+                Ok(()) => {
+                    slot.asked = slot.asked.filter(|_| !anew).or_else(|| Some(Instant::now()));
+                    slot.attempt = attachment.detach_attempt;
+                    slot.forced = force;
+                    slot.state = ObservedAttachment::Detaching;
+                }
+                Err(error) => slot.error = error.to_string(),
+            }
+        } else if slot.asked.is_some_and(|asked| asked.elapsed() >= BUSY_AFTER) {
+            slot.state = ObservedAttachment::Busy;
+        }
+        return true;
+    }
+    let wanted = &attachment.volume;
+    let mut again = false;
+    if wanted.size_bytes > slot.volume.size_bytes {
+        match disks.resize(&slot.serial, wanted.size_bytes).await {
+            Ok(()) => slot.volume.size_bytes = wanted.size_bytes,
+            Err(error) => {
+                slot.error = error.to_string();
+                again = true;
+            }
+        }
+    }
+    if limits(wanted) != limits(&slot.volume) {
+        match disks.limit(&slot.serial, limits(wanted)).await {
+            Ok(()) => {
+                slot.volume.iops = wanted.iops;
+                slot.volume.throughput_mibps = wanted.throughput_mibps;
+            }
+            Err(error) => {
+                slot.error = error.to_string();
+                again = true;
+            }
+        }
+    }
+    again
+}

@@ -1,0 +1,366 @@
+//! Bases: the content of a snapshot, once per host, filled chunk by chunk for all volumes made from it.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use hearth_proto::v1::BaseSnapshot;
+use hearth_snapshot::{
+    CHUNK_BYTES, ChunkStore, KeyDomain, KeyDomainId, Manifest, ObjectStore, SnapshotKey, StorageError,
+};
+use hearth_snapshot::{load_prefetch, store_prefetch};
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::sync::{Notify, Semaphore};
+
+use super::presence::Presence;
+use crate::state::Layout;
+
+/// Chunks fetched at a time for one base.
+const PARALLEL: usize = 32;
+/// Pauses between tries while the object store does not answer.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// How long after its first use the reads of a base belong to the launch.
+const NOTED_FOR: Duration = Duration::from_secs(120);
+
+/// Why a base cannot be used.
+#[derive(Debug, Error)]
+pub enum BaseError {
+    /// What the control plane says of it makes no sense.
+    #[error("base {id}: {reason}")]
+    Spec {
+        /// Which snapshot.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The object store.
+    #[error("base {id}: {source}")]
+    Storage {
+        /// Which snapshot.
+        id: String,
+        /// What it said.
+        source: Box<StorageError>,
+    },
+    /// The host.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl BaseError {
+    /// Whether trying again later may help without anybody mending anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Spec { .. } => false,
+            Self::Storage { source, .. } => source.is_transient(),
+            Self::Io { .. } => true,
+        }
+    }
+}
+
+/// A chunk store from what the control plane tells.
+pub fn chunk_store(
+    objects: &Arc<dyn ObjectStore>,
+    domain: Option<&hearth_proto::v1::KeyDomain>,
+) -> Result<ChunkStore, String> {
+    let domain = domain.ok_or("it names no key domain")?;
+    let secret: &[u8; 32] =
+        domain.secret.as_ref().try_into().map_err(|_| "its key domain's secret has not 32 bytes")?;
+    let id = KeyDomainId::new(&domain.name).map_err(|error| error.to_string())?;
+    Ok(ChunkStore::new(objects.clone(), KeyDomain::new(id, secret)))
+}
+
+/// One base on this host.
+pub struct Base {
+    /// What is in it.
+    pub manifest: Manifest,
+    store: ChunkStore,
+    data: File,
+    path: PathBuf,
+    presence: Presence,
+    wanted: Mutex<Wanted>,
+    /// Something is wanted. Apart from `came`: who waits for a chunk must not wake itself by asking for it.
+    asked: Notify,
+    /// Something has come.
+    came: Notify,
+    /// Told after chunks have come.
+    listeners: Mutex<Vec<Weak<dyn Fn() + Send + Sync>>>,
+}
+
+#[derive(Default)]
+struct Wanted {
+    /// What a guest waits for, oldest first; then what it may want soon.
+    urgent: VecDeque<u64>,
+    ahead: VecDeque<u64>,
+    /// Being fetched, or in a queue.
+    known: HashSet<u64>,
+    /// What somebody waited for, in order, while that is of interest: the working set of a launch.
+    touched: Option<Vec<u32>>,
+}
+
+impl Base {
+    /// Data and presence, for a VMM.
+    pub fn files(&self) -> io::Result<(File, File)> {
+        // A descriptor of its own: flags such as O_DIRECT belong to the open file.
+        Ok((File::open(&self.path)?, self.presence.file().try_clone()?))
+    }
+
+    /// Whether a chunk can be read.
+    pub fn has(&self, chunk: u64) -> bool {
+        self.presence.has(chunk)
+    }
+
+    /// Chunks here and in all.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.presence.count(), self.manifest.present_chunks())
+    }
+
+    /// Has a chunk fetched, and those that are likely to follow.
+    pub fn want(&self, chunk: u64, urgent: bool) {
+        if self.presence.has(chunk) || self.manifest.entry(chunk).is_none() {
+            return;
+        }
+        let mut wanted = self.wanted.lock();
+        if urgent
+            && let (Some(touched), Ok(chunk)) = (&mut wanted.touched, u32::try_from(chunk))
+            && !touched.contains(&chunk)
+        {
+            touched.push(chunk);
+        }
+        if wanted.known.insert(chunk) {
+            if urgent { wanted.urgent.push_back(chunk) } else { wanted.ahead.push_back(chunk) }
+        } else if urgent && let Some(at) = wanted.ahead.iter().position(|waiting| *waiting == chunk) {
+            // Somebody waits for it now.
+            wanted.ahead.remove(at);
+            wanted.urgent.push_back(chunk);
+        }
+        drop(wanted);
+        self.asked.notify_one();
+    }
+
+    /// Tells `listener` of chunks that come, as long as it lives.
+    pub fn listen(&self, listener: &Arc<dyn Fn() + Send + Sync>) {
+        self.listeners.lock().push(Arc::downgrade(listener));
+    }
+
+    fn tell(&self) {
+        self.came.notify_waiters();
+        self.listeners.lock().retain(|listener| match listener.upgrade() {
+            Some(listener) => {
+                listener();
+                true
+            }
+            None => false,
+        });
+    }
+
+    /// Waits until a chunk is here. May be given up.
+    pub async fn ensure(&self, chunk: u64) {
+        loop {
+            let came = self.came.notified();
+            tokio::pin!(came);
+            came.as_mut().enable();
+            if self.presence.has(chunk) || self.manifest.entry(chunk).is_none() {
+                return;
+            }
+            self.want(chunk, true);
+            came.await;
+        }
+    }
+
+    /// Has everything fetched that is not here yet, at most `bytes_per_second`, behind everything that somebody asks for.
+    pub async fn fill(self: Arc<Self>, bytes_per_second: u64) {
+        let pause = Duration::from_secs_f64(CHUNK_BYTES as f64 / bytes_per_second.max(1) as f64);
+        let missing: Vec<u64> = self.manifest.chunks().filter(|chunk| !self.presence.has(*chunk)).collect();
+        for chunk in missing {
+            let begun = tokio::time::Instant::now();
+            self.bring_quietly(chunk).await;
+            tokio::time::sleep_until(begun + pause).await;
+        }
+    }
+
+    /// Fetches a chunk for nobody in particular, when nobody asks for others.
+    async fn bring_quietly(&self, chunk: u64) {
+        loop {
+            let came = self.came.notified();
+            tokio::pin!(came);
+            came.as_mut().enable();
+            if self.presence.has(chunk) {
+                return;
+            }
+            if self.wanted.lock().known.is_empty() {
+                self.want(chunk, false);
+            }
+            came.await;
+        }
+    }
+
+    /// Fetches what earlier launches from this snapshot read, in their order; or notes what this one reads, if it is the first.
+    async fn follow_working_set(self: Arc<Self>, objects: Arc<dyn ObjectStore>) {
+        match load_prefetch(&*objects, self.manifest.id()).await {
+            Ok(Some(chunks)) => return chunks.into_iter().for_each(|chunk| self.want(u64::from(chunk), false)),
+            Ok(None) => {}
+            Err(error) => return tracing::debug!(snapshot = %self.manifest.id(), %error, "reading a prefetch list"),
+        }
+        tokio::time::sleep(NOTED_FOR).await;
+        let touched = self.wanted.lock().touched.take().unwrap_or_default();
+        if touched.is_empty() {
+            return;
+        }
+        match store_prefetch(&*objects, self.manifest.id(), &touched).await {
+            Ok(()) => {
+                tracing::info!(snapshot = %self.manifest.id(), chunks = touched.len(), "noted what a launch reads")
+            }
+            Err(error) => tracing::debug!(snapshot = %self.manifest.id(), %error, "storing a prefetch list"),
+        }
+    }
+
+    async fn run(self: Arc<Self>) {
+        let slots = Arc::new(Semaphore::new(PARALLEL));
+        loop {
+            let next = {
+                let mut wanted = self.wanted.lock();
+                let urgent = wanted.urgent.pop_front();
+                urgent.or_else(|| wanted.ahead.pop_front())
+            };
+            let Some(chunk) = next else {
+                self.asked.notified().await;
+                continue;
+            };
+            let Ok(slot) = slots.clone().acquire_owned().await else { return };
+            let base = self.clone();
+            tokio::spawn(async move {
+                base.bring(chunk).await;
+                base.wanted.lock().known.remove(&chunk);
+                drop(slot);
+                base.tell();
+            });
+        }
+    }
+
+    /// Fetches one chunk, however long it takes.
+    async fn bring(self: &Arc<Self>, chunk: u64) {
+        let mut pause = PAUSES.0;
+        loop {
+            match self.fetch(chunk).await {
+                Ok(()) => return,
+                Err(error) if error.is_transient() => tracing::warn!(chunk, %error, "a chunk is fetched again"),
+                Err(error) => tracing::error!(chunk, %error, "a chunk cannot be had; guests that need it wait"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    async fn fetch(self: &Arc<Self>, chunk: u64) -> Result<(), BaseError> {
+        let Some(entry) = self.manifest.entry(chunk) else { return Ok(()) };
+        let failed = |source| BaseError::Storage { id: self.manifest.id().to_string(), source: Box::new(source) };
+        let base = self.clone();
+        let domain = self.store.domain().clone();
+        // It may be here from before this boot: then its bytes tell.
+        let kept = tokio::task::spawn_blocking(move || {
+            let mut content = vec![0; CHUNK_BYTES];
+            let read = base.data.read_exact_at(&mut content, chunk * CHUNK_BYTES as u64);
+            read.is_ok() && domain.name_of(&content) == entry.hash
+        });
+        if !kept.await.unwrap_or(false) {
+            let content = self.store.get_chunk(&entry).await.map_err(failed)?;
+            let base = self.clone();
+            let written =
+                tokio::task::spawn_blocking(move || base.data.write_all_at(&content, chunk * CHUNK_BYTES as u64));
+            let written = written.await.map_err(io::Error::other).and_then(|written| written);
+            written.map_err(|source| BaseError::Io { action: "writing", path: self.path.clone(), source })?;
+        }
+        self.presence.set(chunk);
+        Ok(())
+    }
+}
+
+/// All bases of a host.
+pub struct Bases {
+    layout: Layout,
+    objects: Arc<dyn ObjectStore>,
+    boot_id: String,
+    fill_rate: u64,
+    open: tokio::sync::Mutex<HashMap<String, Arc<Base>>>,
+}
+
+impl Bases {
+    /// Bases below the layout's folder, which are filled in the background at `fill_rate` bytes per second; 0 = they are not.
+    pub fn new(layout: Layout, objects: Arc<dyn ObjectStore>, boot_id: String, fill_rate: u64) -> Self {
+        Self { layout, objects, boot_id, fill_rate, open: tokio::sync::Mutex::default() }
+    }
+
+    /// Where chunks and manifests come from.
+    pub fn objects(&self) -> &Arc<dyn ObjectStore> {
+        &self.objects
+    }
+
+    /// The base of a snapshot, opened once.
+    pub async fn get(&self, wanted: &BaseSnapshot) -> Result<Arc<Base>, BaseError> {
+        let mut open = self.open.lock().await;
+        if let Some(base) = open.get(&wanted.root) {
+            return Ok(base.clone());
+        }
+        let base = Arc::new(self.open_base(wanted).await?);
+        open.insert(wanted.root.clone(), base.clone());
+        tokio::spawn(base.clone().run());
+        tokio::spawn(base.clone().follow_working_set(self.objects.clone()));
+        if self.fill_rate > 0 {
+            tokio::spawn(base.clone().fill(self.fill_rate));
+        }
+        Ok(base)
+    }
+
+    async fn open_base(&self, wanted: &BaseSnapshot) -> Result<Base, BaseError> {
+        let spec = |reason: String| BaseError::Spec { id: wanted.snapshot_id.clone(), reason };
+        let root = wanted.root.parse().map_err(|_| spec(format!("'{}' is no root hash", wanted.root)))?;
+        let key = SnapshotKey::new(&wanted.snapshot_id).map_err(|error| spec(error.to_string()))?;
+        let store = chunk_store(&self.objects, wanted.key_domain.as_ref()).map_err(spec)?;
+        let manifest = Manifest::load(&*self.objects, &key, Some(&root)).await;
+        let failed = |source| BaseError::Storage { id: wanted.snapshot_id.clone(), source: Box::new(source) };
+        let manifest = manifest.map_err(failed)?;
+        let folder = self.layout.base(&wanted.root);
+        let failed = |action: &'static str| {
+            let path = folder.clone();
+            move |source| BaseError::Io { action, path, source }
+        };
+        std::fs::create_dir_all(&folder).map_err(failed("creating"))?;
+        let path = folder.join("data");
+        let mut options = OpenOptions::new();
+        let data = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let data = data.map_err(failed("opening the data of"))?;
+        let bytes = manifest.chunk_count() * CHUNK_BYTES as u64;
+        if data.metadata().map_err(failed("reading"))?.len() < bytes {
+            data.set_len(bytes).map_err(failed("setting the size of the data of"))?;
+        }
+        let presence = Presence::open(&folder, &self.boot_id, manifest.chunk_count()).map_err(failed("opening"))?;
+        Ok(Base {
+            manifest,
+            store,
+            data,
+            path,
+            presence,
+            wanted: Mutex::new(Wanted { touched: Some(Vec::new()), ..Wanted::default() }),
+            asked: Notify::new(),
+            came: Notify::new(),
+            listeners: Mutex::default(),
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "base_test.rs"]
+mod tests;
