@@ -121,6 +121,10 @@ impl Talk {
                 Some(Ok(client)) => self.client = Some(client),
                 Some(Err(error)) => {
                     tracing::debug!(%error, "connecting to a VMM again");
+                    // A VMM that is ending leaves its socket behind: nobody may wait for an answer until it is removed.
+                    for call in self.shared.calls.lock().waiting.drain(..) {
+                        let _ = call.answer.send(Err(LaunchError::Vmm(error.to_string())));
+                    }
                     self.rest(PAUSE);
                 }
             }
