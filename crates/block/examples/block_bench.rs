@@ -8,15 +8,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use hearth_block::map::{self, MapSpec};
+use hearth_block::map::{self, Extent, MapBase, MapSpec};
 use hearth_block::{
     BaseFiles, CHUNK_BYTES, Cause, ChunkFetcher, Engine, LayeredVolume, OpenOptions, Operation, Request, Volume,
-    VolumeEvents, VolumeFiles, VolumeQueue, XtsKey,
+    VolumeEvents, VolumeFiles, VolumeQueue, XtsKey, presence_words,
 };
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
@@ -189,14 +189,13 @@ impl Folder {
         }
         let (data, map) = (open(&data, false), open(&map, false));
         data.set_len(self.bytes).unwrap();
-        let chunks = if over_base { self.bytes / CHUNK_BYTES } else { 0 };
+        let extent = Extent::of(0..self.bytes / CHUNK_BYTES);
         let spec = MapSpec {
             filled: false,
             volume_id: "vol-bench".into(),
             size_bytes: self.bytes,
-            base_root: over_base.then_some([1; 32]),
+            base: over_base.then(|| MapBase { root: [1; 32], extent: extent.clone() }),
             generation: 1,
-            base_chunks: 0..chunks,
         };
         map::create(&map, spec).unwrap();
         let base = over_base.then(|| {
@@ -204,7 +203,10 @@ impl Folder {
             let presence = unsafe {
                 File::from_raw_fd(libc::memfd_create(c"presence".as_ptr(), libc::MFD_ALLOW_SEALING | libc::MFD_CLOEXEC))
             };
-            presence.write_all_at(&vec![0xFF; self.bytes.div_ceil(CHUNK_BYTES * 64) as usize * 8], 0).unwrap();
+            let half = presence_words(self.bytes / CHUNK_BYTES) * 8;
+            presence.set_len(2 * half).unwrap();
+            presence.write_all_at(&vec![0xFF; half as usize], 0).unwrap();
+            presence.write_all_at(&extent.to_bytes(), half).unwrap();
             // SAFETY: no memory is involved.
             unsafe { libc::fcntl(presence.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
             BaseFiles { data: open(&self.file("raw"), false), presence, key: None }
@@ -253,8 +255,11 @@ fn fill(path: &Path, bytes: u64) -> File {
     open(path, true)
 }
 
-/// Milliseconds to make a volume of this size from a snapshot that holds an eighth of it: durable map and empty data file.
-fn clone_ms(folder: &Folder, bytes: u64) -> f64 {
+/// Milliseconds to make a volume of this size from a snapshot that holds an eighth of it (durable map and empty data file), and
+/// KiB that it takes on the disk.
+fn clone_cost(folder: &Folder, bytes: u64) -> (f64, u64) {
+    let extent = Extent::of((0..bytes / CHUNK_BYTES).step_by(8));
+    let mut taken = 0;
     let mut times: Vec<f64> = (0..9)
         .map(|_| {
             let paths = [folder.file("clone-data"), folder.file("clone-map")];
@@ -265,17 +270,17 @@ fn clone_ms(folder: &Folder, bytes: u64) -> f64 {
                 filled: false,
                 volume_id: "vol-clone".into(),
                 size_bytes: bytes,
-                base_root: Some([1; 32]),
+                base: Some(MapBase { root: [1; 32], extent: extent.clone() }),
                 generation: 1,
-                base_chunks: (0..bytes / CHUNK_BYTES).step_by(8),
             };
             map::create(&files[1], spec).unwrap();
             let took = began.elapsed().as_secs_f64() * 1000.0;
+            taken = files.iter().map(|file| file.metadata().unwrap().blocks() / 2).sum();
             paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
             took
         })
         .collect();
-    median(&mut times)
+    (median(&mut times), taken)
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -288,6 +293,7 @@ fn main() {
     let path = arguments.next().map_or_else(|| std::env::current_dir().unwrap(), PathBuf::from);
     let mib: u64 = arguments.next().map_or(256, |text| text.parse().unwrap());
     let rounds: u64 = arguments.next().map_or(7, |text| text.parse().unwrap());
+    let only_synced = arguments.next().is_some();
     let folder = Folder { path, bytes: mib << 20 };
     let blocks = folder.bytes / BLOCK as u64;
     let base = fill(&folder.file("raw"), folder.bytes);
@@ -300,7 +306,7 @@ fn main() {
     key[0] = 4;
     let secret = folder.volume("secret", false, XtsKey::new(key));
     let mut encrypted_queue = secret.open_queue(64).unwrap();
-    let clones = [clone_ms(&folder, 4 << 30), clone_ms(&folder, 1 << 40)];
+    let clones = [clone_cost(&folder, 4 << 30), clone_cost(&folder, 1 << 40)];
 
     let mut figures: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     let load = |write, depth, sync| Load { write, depth, sync };
@@ -320,6 +326,7 @@ fn main() {
             ("encrypted_random_write_qd32", load(true, 32, false), 24_000),
         ];
         for (name, load, count) in cases.into_iter().chain(encrypted) {
+            if only_synced && !load.sync { continue; }
             let queue = if name.starts_with("encrypted") { &mut encrypted_queue } else { &mut queue };
             let order = shuffled(blocks, count, round * 2 + 1);
             // Whoever goes second may find the device warmer.
@@ -332,6 +339,7 @@ fn main() {
             };
             note(name, count, by_raw, by_engine);
         }
+        if !only_synced {
         // First writes are compared with overwrites of a file that has all its blocks, and with first writes to a hole.
         let count = blocks.min(24_000) as usize;
         let order = shuffled(blocks, count, round * 2 + 77);
@@ -343,7 +351,9 @@ fn main() {
         sparse.set_len(folder.bytes).unwrap();
         note("first_write_qd32_against_hole", count, raw(&sparse, load(true, 32, false), &order), first);
         drop(fresh);
-        let order = &order[..800];
+        }
+        let order = shuffled(blocks, 800, round * 2 + 77);
+        let order = &order[..];
         let fresh = folder.volume("first", true, None);
         let first = engine(fresh.open_queue(64).unwrap().as_mut(), load(true, 1, true), order);
         note("synced_first_write", 800, raw(&base, load(true, 1, true), order), first);
@@ -362,6 +372,9 @@ fn main() {
             format!("\"{name}\":{{\"raw_per_s\":{raw:.0},\"engine_per_s\":{engine:.0},\"ratio\":{ratio:.3}}}")
         })
         .collect();
-    let [small, large] = clones;
-    println!("{{\"clone_4_gib_ms\":{small:.2},\"clone_1_tib_ms\":{large:.2},{}}}", lines.join(","));
+    let [(small, small_kib), (large, large_kib)] = clones;
+    println!(
+        "{{\"clone_4_gib_ms\":{small:.2},\"clone_4_gib_kib\":{small_kib},\"clone_1_tib_ms\":{large:.2},\"clone_1_tib_kib\":{large_kib},{}}}",
+        lines.join(",")
+    );
 }

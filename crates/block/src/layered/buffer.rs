@@ -39,6 +39,11 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.length) }
     }
 
+    pub(crate) fn content(&self) -> &[u8] {
+        // SAFETY: as in `bytes`.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.length) }
+    }
+
     /// The part from `from`, `length` long (cut at the end), as an iovec.
     pub(crate) fn iovec(&mut self, from: usize, length: usize) -> libc::iovec {
         let from = from.min(self.length);

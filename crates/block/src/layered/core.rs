@@ -164,7 +164,10 @@ impl Core {
             }
             Verdict::Done(result) => result.map_err(|error| error.source.raw_os_error().unwrap_or(libc::EIO)),
         };
-        let waits = matches!(transfer.purpose, Purpose::Write { .. } | Purpose::FillWrite { .. } | Purpose::FlushPage);
+        let waits = matches!(
+            transfer.purpose,
+            Purpose::Write { .. } | Purpose::FillWrite { .. } | Purpose::FlushPage | Purpose::FlushLog
+        );
         if waits && matches!(result, Err(libc::ENOSPC | libc::EDQUOT)) {
             self.stall(index);
             return;
@@ -390,7 +393,7 @@ impl Core {
             Kind::Guest(operation) => self.pump_write(index, operation, coord),
             Kind::Copy { .. } => self.pump_copy(index, coord),
             Kind::Prepare(step) => self.pump_prepare(index, step, coord),
-            Kind::FlushRun => {}
+            Kind::FlushRun(_) => {}
         }
     }
 
@@ -439,7 +442,9 @@ impl Core {
         for index in waiting {
             let Some(transfer) = self.transfers.get(index) else { continue };
             match transfer.purpose {
-                Purpose::Write { active } => coord.end_active(active),
+                Purpose::Write { active, .. } => {
+                    coord.end_active(active);
+                }
                 Purpose::FillRead { block } | Purpose::FillWrite { block } => {
                     coord.exclusive.retain(|each| *each != block);
                 }
@@ -451,7 +456,7 @@ impl Core {
         }
         for op in self.ops.iter_mut().filter(|op| op.birth != 0) {
             match op.kind {
-                Kind::FlushRun => {
+                Kind::FlushRun(_) => {
                     op.pages.iter().for_each(|(write, _)| coord.bits.not_written(*write));
                     coord.flush.running = false;
                     coord.flush.unsynced = true;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +17,7 @@ use super::freeze::Stage;
 use super::op::FileId;
 use super::shared::{Alignment, Presence};
 use crate::BlockError;
+use crate::map::Extent;
 use crate::xts::XtsKey;
 
 const LOCK_TRIES: u32 = 40;
@@ -26,8 +28,9 @@ const LOCK_PAUSE: Duration = Duration::from_millis(25);
 pub struct BaseFiles {
     /// Content; each present chunk is complete (a last chunk is padded).
     pub data: File,
-    /// A memfd sealed against shrinking, or a file that is never shortened, with one bit per chunk in little-endian u64 words. The agent sets a bit, with
-    /// release ordering, after the chunk was written to `data`.
+    /// A memfd sealed against shrinking, or a file that is never shortened. Its first half has one bit per chunk in little-endian u64
+    /// words; the agent sets a bit, with release ordering, after the chunk was written to `data`. The second half has the
+    /// same for chunks that the base has at all ([`Extent`]) and never changes. Both have [`presence_words`] words.
     pub presence: File,
     /// Key of `data`, when the base is stored encrypted.
     pub key: Option<XtsKey>,
@@ -162,6 +165,19 @@ pub(crate) fn go_direct(data: &File) -> Alignment {
     Alignment { memory: alignment.memory.max(alignment.offset.min(512) as usize), offset: alignment.offset }
 }
 
+/// Words in each half of the presence file of a base with this many chunks.
+pub fn presence_words(chunks: u64) -> u64 {
+    chunks.div_ceil(64).max(1)
+}
+
+/// Which chunks the base has, from the second half of its presence file.
+pub(crate) fn read_extent(presence: &File) -> Result<Extent, BlockError> {
+    let half = presence.metadata().map_err(BlockError::Presence)?.len() / 16 * 8;
+    let mut bytes = vec![0; half as usize];
+    presence.read_exact_at(&mut bytes, half).map_err(BlockError::Presence)?;
+    Ok(Extent::from_bytes(&bytes))
+}
+
 /// Presence bits in a mapped memfd.
 #[derive(Debug)]
 pub(crate) struct PresenceMap {
@@ -188,7 +204,7 @@ impl PresenceMap {
             let text = "the memfd is not sealed against shrinking (F_SEAL_SHRINK)";
             return Err(BlockError::Presence(io::Error::new(io::ErrorKind::InvalidInput, text)));
         }
-        let words = (memfd.metadata().map_err(BlockError::Presence)?.len() / 8) as usize;
+        let words = (memfd.metadata().map_err(BlockError::Presence)?.len() / 16) as usize;
         let Some(length) = NonZeroUsize::new(words * 8) else {
             return Ok(Self { memory: NonNull::dangling(), words: 0 });
         };

@@ -3,10 +3,11 @@
 use super::core::{COPIES_MAX, Core};
 use super::freeze::{BROKEN_AT, FreezeState, staged_at};
 use super::op::{FileId, Kind, PrepareStep, Purpose};
-use super::shared::{Cause, Coord, Effect, Source};
+use super::shared::{Cause, Coord, Effect, FlushRun, Kept, Source};
 use crate::Operation;
-use crate::map::CHUNK_BYTES;
-use crate::map::format::{PAGE, slot_offset};
+use crate::map::format::{LOG_OFFSET, PAGE, slot_offset};
+use crate::map::log::Entry;
+use crate::map::{self, CHUNK_BYTES};
 
 /// Written where a byte must become 1 and where a word must become non-zero.
 static ONE: [u8; 4] = [1, 0, 0, 0];
@@ -35,7 +36,7 @@ impl Core {
         }
         let flush = &coord.flush;
         if op.ticket == 0 {
-            if !flush.running && !flush.unsynced && !coord.bits.has_changed() {
+            if !flush.running && !flush.is_needed() {
                 return Some(Ok(()));
             }
             op.ticket = flush.started + 1;
@@ -50,17 +51,24 @@ impl Core {
         None
     }
 
-    /// Begins a run. Pages are encoded before the data is synced: a bit set later belongs to data that this sync may miss.
+    /// Begins a run.
     fn start_flush(&mut self, coord: &mut Coord) {
+        let run = coord.flush.next_run();
         coord.flush.started += 1;
         coord.flush.running = true;
         coord.flush.unsynced = false;
+        let kept = std::mem::take(&mut coord.flush.kept);
         let index = self.ops.take();
         let birth = coord.birth();
         if let Some(op) = self.ops.get(index) {
-            op.begin(Kind::FlushRun, birth, 0, 0);
+            op.begin(Kind::FlushRun(run), birth, 0, 0);
         }
-        loop {
+        if run == FlushRun::Log {
+            return self.start_log(index, kept, coord);
+        }
+        kept.into_iter().for_each(|kept| self.buffers.give(kept.buffer));
+        // Pages are encoded before the data is synced: a bit set later belongs to data that this sync may miss.
+        while run == FlushRun::All {
             let mut buffer = self.buffers.take(PAGE);
             let write = buffer.bytes().first_chunk_mut::<PAGE>().and_then(|page| coord.bits.take_changed(page));
             match (write, self.ops.get(index)) {
@@ -72,6 +80,18 @@ impl Core {
             }
         }
         self.start_internal(index, Purpose::FlushData, FileId::Data, 0, 0);
+    }
+
+    fn start_log(&mut self, index: usize, kept: Vec<Kept>, coord: &mut Coord) {
+        let blocks = kept.iter().flat_map(|kept| kept.blocks.clone());
+        let entries: Vec<Entry> = blocks.map(|block| Entry { block, page_seq: coord.bits.page_seq(block) }).collect();
+        let log = &coord.flush.log;
+        let length = if log.prepared { 1 + entries.len() } else { log.blocks as usize } * PAGE;
+        let (at, seq) = (log.at, log.seq);
+        if let Some(op) = self.ops.get(index) {
+            (op.kept, op.entries, op.record) = (kept, entries, (at, seq));
+        }
+        self.start_internal(index, Purpose::FlushLog, FileId::Map, LOG_OFFSET + at * PAGE as u64, length);
     }
 
     fn start_internal(&mut self, index: usize, purpose: Purpose, file: FileId, offset: u64, length: usize) {
@@ -98,6 +118,21 @@ impl Core {
                 let page = op.pages.iter_mut().find(|(w, _)| slot_offset(w.page, w.slot) == transfer.offset);
                 (Operation::Write, page.map(|(_, buffer)| buffer.iovec(0, PAGE)))
             }
+            Purpose::FlushLog => {
+                let mut record = self.buffers.take(length);
+                let mut to = record.bytes().chunks_exact_mut(PAGE).skip(1);
+                for kept in &op.kept {
+                    let count = (kept.blocks.end - kept.blocks.start) as usize;
+                    for (from, to) in kept.buffer.content().chunks_exact(PAGE).take(count).zip(&mut to) {
+                        to.copy_from_slice(from);
+                    }
+                }
+                let (at, seq) = op.record;
+                map::log::encode(&self.shared.volume_id, at, seq, &op.entries, record.bytes());
+                let iovec = record.iovec(0, length);
+                op.buffer = Some(record);
+                (Operation::Write, Some(iovec))
+            }
             Purpose::CopyRead => {
                 let at = (transfer.offset - op.start) as usize;
                 (Operation::Read, op.buffer.as_mut().map(|buffer| buffer.iovec(at, length)))
@@ -116,7 +151,7 @@ impl Core {
         };
         let alone = op.pages.len() == 1;
         transfer.start(operation, iovec.as_slice());
-        if transfer.purpose == Purpose::FlushPage && alone {
+        if transfer.purpose == Purpose::FlushLog || transfer.purpose == Purpose::FlushPage && alone {
             transfer.task.write_through();
         }
     }
@@ -135,7 +170,9 @@ impl Core {
             }
         }
         match purpose {
-            Purpose::FlushData | Purpose::FlushPage | Purpose::FlushMap => self.advance_flush(index, purpose),
+            Purpose::FlushData | Purpose::FlushPage | Purpose::FlushMap | Purpose::FlushLog => {
+                self.advance_flush(index, purpose);
+            }
             Purpose::CopyRead => {
                 let Some(op) = self.ops.get(index) else { return };
                 if op.error.is_none() && (op.waiting || op.next < op.end) {
@@ -176,7 +213,10 @@ impl Core {
     fn end_flush(&mut self, index: usize, error: Option<i32>, coord: &mut Coord) {
         coord.flush.running = false;
         match error {
-            None => coord.flush.completed = coord.flush.started,
+            None => {
+                coord.flush.completed = coord.flush.started;
+                self.note_run(index, coord);
+            }
             Some(errno) => {
                 // The kernel drops pages it could not write: syncing again might succeed without them.
                 coord.failed = coord.failed.or(Some(errno));
@@ -194,6 +234,30 @@ impl Core {
         if error.is_some() {
             coord.wake_blocked(Some(self.id));
         }
+    }
+
+    /// A run ended well: what that means for the log.
+    fn note_run(&mut self, index: usize, coord: &mut Coord) {
+        let Some(op) = self.ops.get(index) else { return };
+        let log = &mut coord.flush.log;
+        match op.kind {
+            Kind::FlushRun(FlushRun::All) => {
+                log.at = 0;
+                log.holds.clear();
+            }
+            Kind::FlushRun(FlushRun::Log) => {
+                log.at += 1 + op.entries.len() as u64;
+                log.seq = log.seq.wrapping_add(1);
+                log.prepared = true;
+                for entry in op.entries.drain(..) {
+                    log.holds.insert(entry.block);
+                    // The page is written by the next run of all, which supersedes the entry.
+                    coord.bits.touch(entry.block);
+                }
+            }
+            _ => {}
+        }
+        op.kept.drain(..).for_each(|kept| self.buffers.give(kept.buffer));
     }
 
     /// Starts what the agent asked for, as far as copies may run at once.

@@ -31,7 +31,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use files::{BaseFiles, VolumeFiles};
+pub use files::{BaseFiles, VolumeFiles, presence_words};
 use files::{Descriptors, PresenceMap};
 pub use freeze::{FreezeState, FrozenSet, Stage, StagedView, staged_bytes};
 use inline::Inline;
@@ -86,18 +86,21 @@ fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError>
     files::lock(&map)?;
     // Whoever had this open file description before may have left it direct, which headers are not aligned for.
     files::set_direct(&map, false).map_err(BlockError::Data)?;
-    let (mut header, bits) = open_map(&map, &data, options.generation, base.is_some())?;
-    let alignment = if options.direct { files::go_direct(&data) } else { buffered(&data)? };
-    let (presence, base_key, base): (Box<dyn Presence>, _, _) = match base {
-        None => (Box::new(Nobody), None, None),
+    files::set_direct(&data, false).map_err(BlockError::Data)?;
+    let (presence, extent, base_key, base): (Box<dyn Presence>, _, _, _) = match base {
+        None => (Box::new(Nobody), None, None, None),
         Some(base) => {
             // Through the page cache, which all volumes over this base share.
             files::set_direct(&base.data, false).map_err(BlockError::Data)?;
-            (Box::new(PresenceMap::new(&base.presence)?), base.key, Some(base.data))
+            let presence = PresenceMap::new(&base.presence)?;
+            (Box::new(presence), Some(files::read_extent(&base.presence)?), base.key, Some(base.data))
         }
     };
+    let (mut header, bits) = open_map(&map, &data, options.generation, extent)?;
+    let alignment = if options.direct { files::go_direct(&data) } else { buffered(&data)? };
     let expand = |key: Option<XtsKey>| key.as_ref().map(Xts::new);
     let parts = Parts {
+        volume_id: header.volume_id,
         bits,
         alignment,
         data_key: expand(key),
@@ -119,7 +122,7 @@ fn open_map(
     map: &dyn Storage,
     data: &dyn Storage,
     generation: u64,
-    has_base: bool,
+    extent: Option<map::Extent>,
 ) -> Result<(Header, map::Bits), BlockError> {
     let header = map::read_header(map)?;
     if generation < header.generation {
@@ -129,21 +132,30 @@ fn open_map(
     if found < header.size_bytes {
         return Err(BlockError::DataTooShort { found, expected: header.size_bytes });
     }
-    let mut bits = map::load(map, &header)?;
+    if extent.is_none() && header.base_root.is_some() {
+        return Err(BlockError::BaseMissing);
+    }
+    let mut bits = map::load(map, &header, extent.unwrap_or_default())?;
     if !header.clean {
         // A killed process may have left both in the page cache only. LOCAL bits read from there are never written again, so
         // they must be made durable now, after the data they stand for.
         data.sync().map_err(BlockError::Sync)?;
         map.sync().map_err(BlockError::Sync)?;
+        replay(map, data, &header, &mut bits)?;
         bits.distrust_dirty();
     }
-    let blocks = header.size_bytes / map::BLOCK_BYTES;
-    let whole = bits.run(0, blocks);
-    let all_local = whole.local && whole.end == blocks;
-    if !has_base && !all_local {
-        return Err(BlockError::BaseMissing);
-    }
     Ok((header, bits))
+}
+
+/// Puts what only the log has where it belongs. It stays in the log until the first flush writes the pages.
+fn replay(map: &dyn Storage, data: &dyn Storage, header: &Header, bits: &mut map::Bits) -> Result<(), BlockError> {
+    let kept = map::log::read(map, header, bits)?;
+    for (block, content) in &kept {
+        data.write_at(content, block * map::BLOCK_BYTES).map_err(BlockError::Data)?;
+        bits.set_local(*block..block + 1);
+        bits.touch(*block);
+    }
+    if kept.is_empty() { Ok(()) } else { data.sync().map_err(BlockError::Sync) }
 }
 
 /// Says in the map that the volume is in use, before anything in it changes.
@@ -347,7 +359,7 @@ impl LayeredVolume {
                 return Ok(());
             }
             coord.end_freeze(true);
-            coord.bits.include_dirty();
+            coord.flush_everything();
         }
         self.inline().flush()?;
         self.shared.coord().closed = true;

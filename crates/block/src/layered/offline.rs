@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::inline::Inline;
 use super::shared::Nobody;
-use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, mark_clean, open};
+use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, mark_clean, mark_in_use, open};
 use crate::map::{self, CHUNK_BYTES, Header};
 use crate::{BlockError, Engine};
 
@@ -78,18 +78,17 @@ impl OfflineVolume {
     /// exact, whatever happened before.
     pub fn clear_dirty(&self) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
+        // While pages are being written the map is not clean: a crash may leave one written in part.
+        mark_in_use(&self.opened.descriptors.map, &mut header)?;
         {
             let mut coord = self.opened.shared.coord();
             for chunk in coord.bits.dirty_chunks() {
                 coord.bits.clear_dirty(chunk);
             }
-            coord.bits.include_dirty();
+            coord.flush_everything();
         }
         self.inline.lock().unwrap_or_else(PoisonError::into_inner).flush()?;
-        if !header.clean {
-            mark_clean(&self.opened.descriptors.map, &mut header)?;
-        }
-        Ok(())
+        Ok(mark_clean(&self.opened.descriptors.map, &mut header)?)
     }
 
     /// Makes the volume larger, as [`LayeredVolume::grow`](crate::LayeredVolume::grow).

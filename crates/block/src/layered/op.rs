@@ -1,8 +1,10 @@
 //! Requests and their transfers inside one queue.
 
 use super::buffer::Buffer;
+use super::shared::{FlushRun, Kept};
 use crate::Operation;
 use crate::map::PageWrite;
+use crate::map::log::Entry;
 use crate::task::Task;
 
 /// The file a transfer goes to; its number is its place among a ring's registered files.
@@ -20,8 +22,8 @@ pub(crate) enum FileId {
 pub(crate) enum Kind {
     /// One of the guest's.
     Guest(Operation),
-    /// Flushes data, then map; answers all that wait for it.
-    FlushRun,
+    /// Makes durable what was written; answers all that wait for it.
+    FlushRun(FlushRun),
     /// Copies one chunk to the stage.
     Copy { chunk: u64 },
     /// Prepares a freeze.
@@ -71,12 +73,16 @@ pub(crate) struct Op {
     pub(crate) mark: u64,
     /// Pages of a flush run.
     pub(crate) pages: Vec<(PageWrite, Buffer)>,
+    /// What a flush run puts into the log: place (in blocks) and sequence of the record, its contents and entries.
+    pub(crate) record: (u64, u64),
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) entries: Vec<Entry>,
 }
 
 impl Op {
     pub(crate) fn idle() -> Self {
         Self {
-            kind: Kind::FlushRun,
+            kind: Kind::FlushRun(FlushRun::All),
             token: 0,
             start: 0,
             end: 0,
@@ -93,6 +99,9 @@ impl Op {
             buffer: None,
             mark: 0,
             pages: Vec::new(),
+            record: (0, 0),
+            kept: Vec::new(),
+            entries: Vec::new(),
         }
     }
 
@@ -141,6 +150,8 @@ pub(crate) enum Purpose {
     /// Blocks were stored, discarded or zeroed.
     Write {
         active: usize,
+        /// What is written is kept for the log, so it must not change meanwhile: it goes through a buffer.
+        keep: bool,
     },
     /// The old content of a block that a request changes in part.
     FillRead {
@@ -156,6 +167,7 @@ pub(crate) enum Purpose {
     FlushData,
     FlushPage,
     FlushMap,
+    FlushLog,
 }
 
 /// One call, or a series of calls where the kernel does things in part.

@@ -1,15 +1,17 @@
 //! What all queues of one layered volume share. Everything that must be seen consistently stands in [`Coord`] under one
 //! mutex, which is held for bookkeeping only: no system call, no copying and no cipher runs under it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use super::buffer::Buffer;
 use super::freeze::{Freeze, FreezeState, FrozenSet};
 use super::sync::{Mutex, MutexGuard, Notice};
 use crate::limit::Limiter;
+use crate::map::log::{ENTRIES_MAX, LOG_BLOCKS, may_hold};
 use crate::map::{BLOCK_BYTES, Bits, CHUNK_BYTES, Run};
 use crate::xts::Xts;
 
@@ -135,15 +137,103 @@ pub(crate) struct Mailbox {
     signal: Option<Arc<dyn Signal>>,
 }
 
-#[derive(Debug, Default)]
+/// What a run of a flush does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FlushRun {
+    /// Makes `data` durable, then the pages that changed. Nothing in the log is needed any more.
+    All,
+    /// Makes `data` durable: no LOCAL bit is new, and no block of the log was overwritten.
+    Data,
+    /// Puts what was written since the last run into the log.
+    Log,
+}
+
+/// A small write that completed on `data`, with what it wrote.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) blocks: Range<u64>,
+    pub(crate) buffer: Buffer,
+    /// One of the blocks became LOCAL by it.
+    first: bool,
+}
+
+/// The log in the map.
+#[derive(Debug)]
+pub(crate) struct LogState {
+    /// Size, in blocks.
+    pub(crate) blocks: u64,
+    /// Where the next record goes, in blocks, and its sequence.
+    pub(crate) at: u64,
+    pub(crate) seq: u64,
+    /// All of it was written once: writing to holes would cost a commit of the file system's journal.
+    pub(crate) prepared: bool,
+    /// Blocks with entries that count.
+    pub(crate) holds: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
 pub(crate) struct FlushState {
     /// Runs begun and ended. A request is answered by the first run that begins after it came.
     pub(crate) started: u64,
     pub(crate) completed: u64,
     pub(crate) running: bool,
     pub(crate) waiting: Vec<Waiter>,
-    /// Something completed on `data` since the last run began.
+    /// Something completed on `data`, since the last run of all began, that `kept` does not have.
     pub(crate) unsynced: bool,
+    /// What completed since the last run began, in that order, as long as it is little.
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) log: LogState,
+}
+
+impl FlushState {
+    fn new() -> Self {
+        Self {
+            started: 0,
+            completed: 0,
+            running: false,
+            waiting: Vec::new(),
+            // Whoever had the volume before may have left unsynced writes in the page cache.
+            unsynced: true,
+            kept: Vec::new(),
+            log: LogState { blocks: LOG_BLOCKS, at: 0, seq: 1, prepared: false, holds: BTreeSet::new() },
+        }
+    }
+
+    /// Blocks in `kept`.
+    pub(crate) fn kept_blocks(&self) -> u64 {
+        self.kept.iter().map(|kept| kept.blocks.end - kept.blocks.start).sum()
+    }
+
+    /// Whether a write of this many blocks can be kept.
+    pub(crate) fn has_room(&self, blocks: u64) -> bool {
+        !self.unsynced && self.kept_blocks() + blocks <= ENTRIES_MAX as u64
+    }
+
+    pub(crate) fn is_needed(&self) -> bool {
+        self.unsynced || !self.kept.is_empty()
+    }
+
+    /// What the next run has to do.
+    pub(crate) fn next_run(&self) -> FlushRun {
+        let held = |kept: &Kept| kept.first || self.log.holds.range(kept.blocks.clone()).next().is_some();
+        if self.unsynced {
+            FlushRun::All
+        } else if !self.kept.iter().any(held) {
+            FlushRun::Data
+        } else if self.log.at + 1 + self.kept_blocks() <= self.log.blocks {
+            FlushRun::Log
+        } else {
+            FlushRun::All
+        }
+    }
+}
+
+/// Blocks that something in flight changes.
+#[derive(Debug)]
+struct Active {
+    blocks: Range<u64>,
+    /// What is written may be kept: nothing else changed these blocks meanwhile.
+    keep: bool,
 }
 
 /// Calls to make once the mutex is released.
@@ -159,7 +249,7 @@ pub(crate) enum Effect {
 pub(crate) struct Coord {
     pub(crate) bits: Bits,
     /// Block ranges of writes, discards and zeroings in flight, `None` where the slot is free.
-    active: Vec<Option<Range<u64>>>,
+    active: Vec<Option<Active>>,
     active_count: usize,
     /// Blocks in a read-modify-write.
     pub(crate) exclusive: Vec<u64>,
@@ -194,8 +284,7 @@ impl Coord {
             blocked: Vec::new(),
             parked: Vec::new(),
             fetches: BTreeMap::new(),
-            // Whoever had the volume before may have left unsynced writes in the page cache.
-            flush: FlushState { unsynced: true, ..FlushState::default() },
+            flush: FlushState::new(),
             freeze: Freeze::default(),
             limiter: Limiter::default(),
             failed: None,
@@ -290,34 +379,70 @@ impl Coord {
         self.wake(&mut waiters, from);
     }
 
-    /// Notes that blocks are being written; the result goes to [`end_active`](Self::end_active).
-    pub(crate) fn begin_active(&mut self, blocks: Range<u64>) -> usize {
+    /// Notes that blocks are being written; the result goes to [`end_active`](Self::end_active). Of several at a time, none
+    /// is kept: nobody knows which one the disk ends up with.
+    pub(crate) fn begin_active(&mut self, blocks: Range<u64>, keep: bool) -> usize {
+        let mut new = Active { blocks, keep };
+        if self.active_count > 0 {
+            let meets =
+                |other: &&mut Active| other.blocks.start < new.blocks.end && new.blocks.start < other.blocks.end;
+            for other in self.active.iter_mut().flatten().filter(meets) {
+                (other.keep, new.keep) = (false, false);
+            }
+        }
         self.active_count += 1;
         match self.active.iter().position(Option::is_none) {
             Some(free) => {
                 if let Some(slot) = self.active.get_mut(free) {
-                    *slot = Some(blocks);
+                    *slot = Some(new);
                 }
                 free
             }
             None => {
-                self.active.push(Some(blocks));
+                self.active.push(Some(new));
                 self.active.len() - 1
             }
         }
     }
 
-    pub(crate) fn end_active(&mut self, slot: usize) {
-        if let Some(range) = self.active.get_mut(slot)
-            && range.take().is_some()
-        {
-            self.active_count -= 1;
-        }
+    /// Tells whether what was written may be kept.
+    pub(crate) fn end_active(&mut self, slot: usize) -> bool {
+        let ended = self.active.get_mut(slot).and_then(Option::take);
+        self.active_count -= usize::from(ended.is_some());
+        ended.is_some_and(|active| active.keep)
     }
 
     /// A write, discard or zeroing in flight touches the block.
     pub(crate) fn is_active(&self, block: u64) -> bool {
-        self.active_count > 0 && self.active.iter().flatten().any(|range| range.contains(&block))
+        self.active_count > 0 && self.active.iter().flatten().any(|active| active.blocks.contains(&block))
+    }
+
+    /// Blocks were stored: LOCAL, and kept for the log with what was written if that is given and little. Else what was given
+    /// comes back.
+    pub(crate) fn stored(&mut self, blocks: Range<u64>, content: Option<Buffer>) -> Option<Buffer> {
+        let local = self.bits.run(blocks.start, blocks.end);
+        let first = !local.local || local.end < blocks.end;
+        if first {
+            self.bits.set_local(blocks.clone());
+        }
+        let (count, room) = (blocks.end - blocks.start, self.flush.has_room(blocks.end - blocks.start));
+        let holds = |buffer: &Buffer| buffer.content().chunks(BLOCK_BYTES as usize).take(count as usize).all(may_hold);
+        match content {
+            Some(buffer) if room && holds(&buffer) => {
+                self.flush.kept.push(Kept { blocks, buffer, first });
+                None
+            }
+            other => {
+                self.flush.unsynced = true;
+                other
+            }
+        }
+    }
+
+    /// The next flush makes `data` durable and writes all pages whose bits changed, DIRTY bits too.
+    pub(crate) fn flush_everything(&mut self) {
+        self.bits.include_dirty();
+        self.flush.unsynced = true;
     }
 
     /// First block of `range` in a read-modify-write.
@@ -364,6 +489,7 @@ impl Coord {
 
 /// One volume's shared part.
 pub(crate) struct Shared {
+    pub(crate) volume_id: [u8; 32],
     coord: Mutex<Coord>,
     /// Signalled when a freeze's preparation ends.
     pub(crate) prepared: Notice,
@@ -384,6 +510,7 @@ impl fmt::Debug for Shared {
 
 /// What a volume is made of besides its files.
 pub(crate) struct Parts {
+    pub(crate) volume_id: [u8; 32],
     pub(crate) bits: Bits,
     pub(crate) alignment: Alignment,
     pub(crate) data_key: Option<Xts>,
@@ -396,6 +523,7 @@ pub(crate) struct Parts {
 impl Shared {
     pub(crate) fn new(parts: Parts) -> Self {
         Self {
+            volume_id: parts.volume_id,
             size: AtomicU64::new(parts.bits.size_bytes()),
             coord: Mutex::new(Coord::new(parts.bits)),
             prepared: Notice::default(),

@@ -95,7 +95,7 @@ impl Core {
         }
         let local = coord.bits.is_local(block);
         if local && self.shared.alignment.offset <= SECTOR_BYTES {
-            self.start_write(index, from, to, coord);
+            self.start_write(index, from, to, false, coord);
             return true;
         }
         if coord.is_active(block) {
@@ -131,16 +131,17 @@ impl Core {
                 return false;
             }
         }
-        self.start_write(index, from, to, coord);
+        let keep = operation == Operation::Write && coord.flush.has_room((to - from) / BLOCK_BYTES);
+        self.start_write(index, from, to, keep, coord);
         true
     }
 
-    fn start_write(&mut self, index: usize, from: u64, to: u64, coord: &mut Coord) {
+    fn start_write(&mut self, index: usize, from: u64, to: u64, keep: bool, coord: &mut Coord) {
         for chunk in from / CHUNK_BYTES..to.div_ceil(CHUNK_BYTES) {
             coord.bits.set_dirty(chunk);
         }
-        let active = coord.begin_active(from / BLOCK_BYTES..to.div_ceil(BLOCK_BYTES));
-        self.start(index, Purpose::Write { active }, FileId::Data, from, to);
+        let active = coord.begin_active(from / BLOCK_BYTES..to.div_ceil(BLOCK_BYTES), keep);
+        self.start(index, Purpose::Write { active, keep }, FileId::Data, from, to);
     }
 
     /// Makes a transfer for the request's bytes `from..to` ready.
@@ -170,7 +171,7 @@ impl Core {
         let (purpose, op, file, from, to) = (transfer.purpose, transfer.op, transfer.file, transfer.from, transfer.to);
         match purpose {
             Purpose::Read => self.prepare_read(number, op, file, from, to),
-            Purpose::Write { .. } => self.prepare_write(number, op, from, to),
+            Purpose::Write { keep, .. } => self.prepare_write(number, op, from, to, keep),
             Purpose::FillRead { block } => {
                 let bounce = self.buffers.take(BLOCK_BYTES as usize);
                 if let Some(transfer) = self.transfers.get(number) {
@@ -203,12 +204,12 @@ impl Core {
         }
     }
 
-    fn prepare_write(&mut self, number: usize, op: usize, from: u64, to: u64) {
+    fn prepare_write(&mut self, number: usize, op: usize, from: u64, to: u64, keep: bool) {
         let Some(Kind::Guest(operation)) = self.ops.get(op).map(|op| op.kind) else { return };
         let length = (to - from) as usize;
         let whole = (from | to).is_multiple_of(BLOCK_BYTES);
         let bounce = match operation {
-            Operation::Write => self.bounces(op, FileId::Data, from, to),
+            Operation::Write => keep || self.bounces(op, FileId::Data, from, to),
             _ => !whole,
         };
         let buffer = bounce.then(|| self.buffers.take(length));
@@ -242,11 +243,11 @@ impl Core {
         let Some(transfer) = self.transfers.get(number) else { return };
         match transfer.purpose {
             Purpose::Read => self.complete_read(number, result),
-            Purpose::Write { active } => {
+            Purpose::Write { active, .. } => {
                 let (from, to) = (transfer.from, transfer.to);
                 self.with(|core, coord| {
-                    coord.end_active(active);
-                    core.stored(number, from, to, result, coord);
+                    let keep = coord.end_active(active);
+                    core.stored(number, from, to, keep, result, coord);
                 });
             }
             Purpose::FillRead { block } => self.complete_fill_read(number, block, result),
@@ -254,7 +255,7 @@ impl Core {
                 let (from, to) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
                 self.with(|core, coord| {
                     coord.exclusive.retain(|each| *each != block);
-                    core.stored(number, from, to, result, coord);
+                    core.stored(number, from, to, true, result, coord);
                 });
             }
             _ => self.complete_internal(number, result),
@@ -320,14 +321,16 @@ impl Core {
     }
 
     /// Bytes `from..to` were stored, discarded or zeroed, or not: LOCAL comes only now.
-    fn stored(&mut self, number: usize, from: u64, to: u64, result: Result<(), i32>, coord: &mut Coord) {
-        coord.flush.unsynced = true;
-        if result.is_ok() {
-            // A part of a block was only written in place because the block was LOCAL already.
-            let blocks = from.div_ceil(BLOCK_BYTES)..to / BLOCK_BYTES;
-            if !blocks.is_empty() {
-                coord.bits.set_local(blocks);
+    fn stored(&mut self, number: usize, from: u64, to: u64, keep: bool, result: Result<(), i32>, coord: &mut Coord) {
+        // A part of a block was only written in place because the block was LOCAL already.
+        let blocks = from.div_ceil(BLOCK_BYTES)..to / BLOCK_BYTES;
+        if result.is_ok() && !blocks.is_empty() {
+            let content = self.transfers.get(number).filter(|_| keep).and_then(|transfer| transfer.bounce.take());
+            if let Some(unused) = coord.stored(blocks, content) {
+                self.buffers.give(unused);
             }
+        } else {
+            coord.flush.unsynced = true;
         }
         coord.wake_blocked(Some(self.id));
         let index = self.end_transfer(number, result);

@@ -17,8 +17,8 @@ pub enum MapError {
     /// No valid header copy.
     #[error("the volume's map has no valid header ({0}); it is damaged, or was never completely created")]
     Header(&'static str),
-    /// Written by a later version.
-    #[error("the volume's map has format version {0}; this program knows version 1")]
+    /// Written by another version.
+    #[error("the volume's map has format version {0}; this program knows version 2 alone")]
     Version(u32),
     /// A sector of a page fails its checksum or stands in the wrong place.
     #[error("the volume's map is damaged in page {page}, slot {slot}, sector {sector}: {problem}")]
@@ -38,9 +38,12 @@ pub enum MapError {
     /// Longer than 32 bytes or empty.
     #[error("the volume id '{0:.40}' does not fit the map: it must have 1 to 32 bytes")]
     VolumeId(String),
-    /// A base chunk outside the volume, or base chunks without a base.
-    #[error("base chunk {0} is outside the volume or belongs to no base")]
-    BaseChunk(u64),
+    /// Not the base it was made from.
+    #[error("the base does not fit the volume's map: it has other chunks than the one the volume was made from")]
+    Extent,
+    /// A record of the log is damaged.
+    #[error("the log in the volume's map is damaged before byte {0}: a record that is needed is not whole")]
+    Log(u64),
     /// Volumes only grow.
     #[error("a volume cannot shrink from {from} to {to} bytes")]
     Shrink {

@@ -17,8 +17,12 @@ pub(crate) const WORDS_PER_SECTOR: usize = CHUNKS_PER_SECTOR * WORDS_PER_CHUNK;
 pub(crate) const WORDS_PER_PAGE: usize = WORDS_PER_SECTOR * SECTORS_PER_PAGE;
 pub(crate) const BLOCKS_PER_PAGE: u64 = CHUNKS_PER_PAGE as u64 * BLOCKS_PER_CHUNK;
 
-/// Where pages begin: after the two copies of the header.
-pub(crate) const PAGES_OFFSET: u64 = 2 * PAGE as u64;
+/// Where the log begins: after the two copies of the header.
+pub(crate) const LOG_OFFSET: u64 = 2 * PAGE as u64;
+/// Room for the log.
+pub(crate) const LOG_BYTES: u64 = 1 << 20;
+/// Where pages begin: after the log.
+pub(crate) const PAGES_OFFSET: u64 = LOG_OFFSET + LOG_BYTES;
 /// Bytes of a sector before its LOCAL words: crc32c, seq, tag, dirty.
 const SECTOR_HEADER: usize = 16;
 
@@ -37,6 +41,11 @@ pub(crate) fn sector_tag(volume_id: &[u8; 32], page: u64, sector: usize) -> u32 
     let tag = crc32c::crc32c(volume_id);
     let tag = crc32c::crc32c_append(tag, &page.to_le_bytes());
     crc32c::crc32c_append(tag, &(sector as u64).to_le_bytes())
+}
+
+/// A sector whose blocks are all LOCAL.
+pub(super) fn blank() -> Sector {
+    Sector { seq: 0, dirty: 0, local: [u64::MAX; WORDS_PER_SECTOR] }
 }
 
 /// One decoded sector.

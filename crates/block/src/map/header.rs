@@ -5,7 +5,7 @@ use super::format::PAGE;
 use super::{MapError, Storage};
 
 const MAGIC: &[u8; 8] = b"HRTHMAP1";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FLAG_CLEAN: u32 = 1;
 const FLAG_BASE: u32 = 2;
 const CRC_AT: usize = PAGE - 4;
@@ -27,6 +27,10 @@ pub struct Header {
     pub generation: u64,
     /// Root hash of the snapshot that non-LOCAL blocks are read from.
     pub base_root: Option<[u8; 32]>,
+    /// Chunks at the volume's beginning that the base may have: all when it was made. What came by growth is blank.
+    pub extent_chunks: u64,
+    /// crc32c of the base's extent (its first `extent_chunks` bits): pages that were never written mean nothing without it.
+    pub extent_checksum: u32,
 }
 
 impl Header {
@@ -48,6 +52,8 @@ impl Header {
         put(&self.size_bytes.to_le_bytes());
         put(&self.generation.to_le_bytes());
         put(&self.base_root.unwrap_or_default());
+        put(&self.extent_chunks.to_le_bytes());
+        put(&self.extent_checksum.to_le_bytes());
         let (body, crc) = page.split_at_mut(CRC_AT);
         crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
         page
@@ -75,9 +81,12 @@ impl Header {
         let size_bytes = u64::from_le_bytes(fields.take());
         let generation = u64::from_le_bytes(fields.take());
         let root = fields.take();
+        let extent_chunks = u64::from_le_bytes(fields.take());
+        let extent_checksum = u32::from_le_bytes(fields.take());
         check_size(size_bytes)?;
         let base_root = (flags & FLAG_BASE != 0).then_some(root);
-        Ok(Self { sequence, clean: flags & FLAG_CLEAN != 0, volume_id, size_bytes, generation, base_root })
+        let clean = flags & FLAG_CLEAN != 0;
+        Ok(Self { sequence, clean, volume_id, size_bytes, generation, base_root, extent_chunks, extent_checksum })
     }
 }
 
@@ -122,6 +131,13 @@ pub fn read_header(file: &dyn Storage) -> Result<Header, MapError> {
         }
     }
     best
+}
+
+/// Writes both copies of a new map's header with one sync: nothing is lost if that is cut off.
+pub(super) fn write_first_header(file: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
+    header.sequence = header.sequence.wrapping_add(1);
+    file.write_at(&[header.encode(); 2].concat(), 0).map_err(MapError::io("write the header of"))?;
+    file.sync().map_err(MapError::io("make durable the header of"))
 }
 
 /// Writes both copies with the next sequence number; durable on return.

@@ -4,21 +4,24 @@
 mod bits;
 mod create;
 mod error;
+mod extent;
 pub(crate) mod format;
 mod grow;
 mod header;
 mod load;
+pub(crate) mod log;
 mod storage;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use bits::{Bits, PageWrite, Run};
-pub use create::{MapSpec, create};
+pub use create::{MapBase, MapSpec, create};
 pub use error::MapError;
+pub use extent::Extent;
 pub use format::{BLOCK_BYTES, CHUNK_BYTES};
 pub(crate) use grow::grow;
 pub(crate) use header::write_header;
 pub use header::{Header, read_header};
-pub(crate) use load::{append_pages, load};
+pub(crate) use load::load;
 pub use storage::Storage;

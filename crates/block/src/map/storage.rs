@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use nix::unistd::{Whence, lseek};
+
 /// A random-access file with explicit durability. All calls block.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Fills all of `buffer` from `offset`.
@@ -13,6 +15,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Makes everything written before durable (`fdatasync`).
     fn sync(&self) -> io::Result<()>;
+    /// Where the first byte at or after `offset` stands that is not in a hole (or the first that may be); `None` = nowhere.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
     /// Bytes in the file.
     fn length(&self) -> io::Result<u64>;
     /// Extends (with zeros) or cuts the file.
@@ -30,6 +34,16 @@ impl Storage for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        // Moves the descriptor's own position, which nobody uses.
+        match lseek(self, offset.cast_signed(), Whence::SeekData) {
+            Ok(found) => Ok(Some(found.cast_unsigned())),
+            Err(nix::Error::ENXIO) => Ok(None),
+            Err(nix::Error::EINVAL) => Ok(Some(offset)),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn length(&self) -> io::Result<u64> {

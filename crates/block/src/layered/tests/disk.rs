@@ -299,6 +299,15 @@ impl Storage for SimStorage {
         Ok(())
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let first = |state: &mut State| {
+            let file = &state.files[self.file as usize];
+            let ends = |sector: &u64| (sector + 1) * SECTOR as u64 > offset && sector * (SECTOR as u64) < file.length;
+            file.sectors.keys().copied().filter(ends).min()
+        };
+        Ok(self.disk.with(first).map(|sector| offset.max(sector * SECTOR as u64)))
+    }
+
     fn length(&self) -> io::Result<u64> {
         Ok(self.disk.with(|state| state.files[self.file as usize].length))
     }

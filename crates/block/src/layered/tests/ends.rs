@@ -269,7 +269,7 @@ impl World {
         {
             let mut coord = self.shared.coord();
             coord.end_freeze(true);
-            coord.bits.include_dirty();
+            coord.flush_everything();
             coord.wake_blocked(None);
         }
         self.instant = None;

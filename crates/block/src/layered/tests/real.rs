@@ -12,7 +12,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::map::{self, MapSpec};
+use crate::map::{self, Extent, MapBase, MapSpec};
 use crate::{
     BLOCK_BYTES, BaseFiles, BlockError, CHUNK_BYTES, Cause, ChunkFetcher, Completion, Engine, FreezeState,
     LayeredVolume, OfflineVolume, OpenOptions, Operation, RateLimits, Request, Stage, StagedView, Volume, VolumeEvents,
@@ -21,6 +21,7 @@ use crate::{
 
 const CHUNKS: u64 = 6;
 const SIZE: u64 = CHUNKS * CHUNK_BYTES;
+const BASE: [u64; 3] = [0, 1, 4];
 
 #[derive(Debug, Default)]
 struct Agent {
@@ -61,6 +62,7 @@ fn key(seed: u8) -> XtsKey {
 fn memfd() -> File {
     let memfd = File::from(memfd_create(c"presence", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC).unwrap());
     memfd.set_len(4096).unwrap();
+    memfd.write_all_at(&Extent::of(BASE).to_bytes(), 2048).unwrap();
     fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
     memfd
 }
@@ -76,9 +78,8 @@ impl Files {
             filled: false,
             volume_id: "vol-0123456789abcdef0".into(),
             size_bytes: SIZE,
-            base_root: Some([9; 32]),
+            base: Some(MapBase { root: [9; 32], extent: Extent::of(BASE) }),
             generation: 3,
-            base_chunks: [0, 1, 4],
         };
         map::create(&files.file("map"), spec).unwrap();
         files
@@ -500,14 +501,15 @@ fn dropping_a_queue_frees_what_it_held() {
 
 #[test]
 fn hostile_files_are_refused() {
-    let files = Files::new(false);
+    let mut files = Files::new(false);
     files.file("data").set_len(SIZE - 4096).unwrap();
     assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::DataTooShort { .. })));
     files.file("data").set_len(SIZE).unwrap();
     let unsealed = File::from(memfd_create(c"presence", MFdFlags::MFD_CLOEXEC).unwrap());
     unsealed.set_len(4096).unwrap();
-    let files = Files { presence: unsealed, ..files };
+    let sealed = std::mem::replace(&mut files.presence, unsealed);
     assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::Presence(_))));
+    files.presence = sealed;
     let mut map = files.file("map");
     map.set_len(9000).unwrap();
     assert!(matches!(files.try_open(Engine::Auto, 3), Err(BlockError::Map(_))));

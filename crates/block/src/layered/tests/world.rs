@@ -14,7 +14,7 @@ use crate::layered::freeze::FrozenSet;
 use crate::layered::op::FileId;
 use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Parts, Presence, Shared, Signal, VolumeEvents};
 use crate::layered::{mark_in_use, open_map};
-use crate::map::{self, CHUNK_BYTES, Header, MapSpec, Storage};
+use crate::map::{self, CHUNK_BYTES, Extent, Header, MapBase, MapSpec, Storage};
 use crate::task::Call;
 use crate::xts::{Xts, XtsKey};
 use crate::{Operation, Request};
@@ -23,6 +23,8 @@ pub(super) const CHUNKS: u64 = 250;
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES / 512;
 /// Two map pages; chunks 0, 1, 247 and 248 (a page's last and the next one's first) come from the base.
 pub(super) const BASE: [u64; 4] = [0, 1, 247, 248];
+/// Blocks of the log.
+const LOG_BLOCKS: u64 = 24;
 pub(super) const SIZE: u64 = CHUNKS * CHUNK_BYTES;
 
 /// Contents are numbers: 0 is zeros, others fill a sector so that a misplaced one is noticed.
@@ -184,9 +186,8 @@ impl World {
             filled: false,
             volume_id: "vol-0123456789abcdef0".into(),
             size_bytes: SIZE,
-            base_root: Some([7; 32]),
+            base: Some(MapBase { root: [7; 32], extent: Extent::of(BASE) }),
             generation: 1,
-            base_chunks: BASE,
         };
         map::create(&map, spec).unwrap();
         let agent = Arc::new(Agent::default());
@@ -529,9 +530,11 @@ fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
 
 pub(super) fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: bool) -> (Header, Arc<Shared>) {
     let map = disk.storage(FileId::Map);
-    let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), 1, true).unwrap();
+    let extent = Some(Extent::of(BASE));
+    let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), 1, extent).unwrap();
     mark_in_use(&map, &mut header).unwrap();
     let parts = Parts {
+        volume_id: header.volume_id,
         bits,
         alignment,
         data_key: keys.then(|| Xts::new(&key(1))),
@@ -540,5 +543,8 @@ pub(super) fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment
         fetcher: Arc::clone(agent) as Arc<dyn ChunkFetcher>,
         events: Arc::clone(agent) as Arc<dyn VolumeEvents>,
     };
-    (header, Arc::new(Shared::new(parts)))
+    let shared = Shared::new(parts);
+    // A small one, which begins anew often.
+    shared.coord().flush.log.blocks = LOG_BLOCKS;
+    (header, Arc::new(shared))
 }
