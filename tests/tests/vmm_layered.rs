@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hearth_block::map::{self, MapSpec};
-use hearth_block::{BaseFiles, CHUNK_BYTES, OfflineVolume, StagedView, VolumeFiles, staged_bytes};
+use hearth_block::map::{self, Extent, MapBase, MapSpec};
+use hearth_block::{BaseFiles, CHUNK_BYTES, OfflineVolume, StagedView, VolumeFiles, presence_words, staged_bytes};
 use hearth_tests::console::{Console, PATIENCE};
 use hearth_tests::vmm::{Vmm, open};
 use hearth_vmm::control::client::{Client, ClientError};
@@ -51,14 +51,15 @@ impl Disk {
             filled: false,
             volume_id: name.into(),
             size_bytes: VOLUME_BYTES,
-            base_root: base.then_some([7; 32]),
+            base: base.then(|| MapBase { root: [7; 32], extent: Extent::of(0..CHUNKS) }),
             generation: 1,
-            base_chunks: if base { 0..CHUNKS } else { 0..0 },
         };
         map::create(&map, spec).unwrap();
         let flags = MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC;
         let presence = File::from(memfd_create(c"presence", flags).unwrap());
-        presence.set_len(CHUNKS.div_ceil(64) * 8).unwrap();
+        let half = presence_words(CHUNKS) * 8;
+        presence.set_len(2 * half).unwrap();
+        presence.write_all_at(&Extent::of(0..CHUNKS).to_bytes(), half).unwrap();
         fcntl(&presence, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
         Self { folder, serial: name.into(), generation: 1, presence, wake, base }

@@ -17,25 +17,10 @@ static ZERO_PAGE: ZeroPage = ZeroPage([0; 4096]);
 /// The system call to make next. Pointers inside the iovecs are the submitter's promise (see `VolumeQueue::submit`).
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call<'a> {
-    Readv {
-        iovecs: &'a [libc::iovec],
-        offset: u64,
-    },
-    Writev {
-        iovecs: &'a [libc::iovec],
-        offset: u64,
-    },
-    /// Durable when it is complete (`RWF_DSYNC`).
-    WriteThrough {
-        iovecs: &'a [libc::iovec],
-        offset: u64,
-    },
+    Readv { iovecs: &'a [libc::iovec], offset: u64 },
+    Writev { iovecs: &'a [libc::iovec], offset: u64 },
     Fdatasync,
-    Fallocate {
-        mode: i32,
-        offset: u64,
-        length: u64,
-    },
+    Fallocate { mode: i32, offset: u64, length: u64 },
 }
 
 /// What a result means for the request.
@@ -66,7 +51,6 @@ pub(crate) struct Task {
     iovecs: Vec<libc::iovec>,
     first: usize,
     retries: u8,
-    through: bool,
 }
 
 // SAFETY: the iovecs' pointers refer to memory that the submitter keeps valid on all threads until completion
@@ -85,7 +69,6 @@ impl Task {
             iovecs: Vec::new(),
             first: 0,
             retries: 0,
-            through: false,
         }
     }
 
@@ -96,7 +79,6 @@ impl Task {
         self.offset = request.offset;
         self.first = 0;
         self.retries = 0;
-        self.through = false;
         self.iovecs.clear();
         self.remaining = 0;
         self.step = match request.operation {
@@ -127,11 +109,6 @@ impl Task {
         }
     }
 
-    /// A write is to be durable when it is complete.
-    pub(crate) fn write_through(&mut self) {
-        self.through = true;
-    }
-
     /// Changes the volume's content.
     pub(crate) fn modifies(&self) -> bool {
         matches!(self.operation, Operation::Write | Operation::Discard | Operation::WriteZeroes { .. })
@@ -156,7 +133,6 @@ impl Task {
                 let iovecs = rest.get(..MAX_IOVECS).unwrap_or(rest);
                 match self.operation {
                     Operation::Read => Call::Readv { iovecs, offset: self.offset },
-                    _ if self.through => Call::WriteThrough { iovecs, offset: self.offset },
                     _ => Call::Writev { iovecs, offset: self.offset },
                 }
             }

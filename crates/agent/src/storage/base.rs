@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use hearth_block::map::Extent;
 use hearth_proto::v1::BaseSnapshot;
 use hearth_snapshot::{
     CHUNK_BYTES, ChunkStore, KeyDomain, KeyDomainId, Manifest, ObjectStore, SnapshotKey, StorageError,
@@ -86,6 +87,8 @@ pub fn chunk_store(
 pub struct Base {
     /// What is in it.
     pub manifest: Manifest,
+    /// Chunks that the manifest has.
+    pub extent: Extent,
     store: ChunkStore,
     data: File,
     path: PathBuf,
@@ -346,9 +349,12 @@ impl Bases {
         if data.metadata().map_err(failed("reading"))?.len() < bytes {
             data.set_len(bytes).map_err(failed("setting the size of the data of"))?;
         }
-        let presence = Presence::open(&folder, &self.boot_id, manifest.chunk_count()).map_err(failed("opening"))?;
+        let extent = Extent::of(manifest.chunks());
+        let presence = Presence::open(&folder, &self.boot_id, manifest.chunk_count(), &extent);
+        let presence = presence.map_err(failed("opening"))?;
         Ok(Base {
             manifest,
+            extent,
             store,
             data,
             path,

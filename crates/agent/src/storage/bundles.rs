@@ -107,7 +107,7 @@ pub async fn make_root(
         let size_bytes = size.next_multiple_of(BLOCK_BYTES);
         data.set_len(size_bytes).and_then(|()| data.sync_all()).map_err(io_error("syncing the data in", &new))?;
         // All of it counts as changed: a bundle of this disk has everything in it.
-        let spec = MapSpec { volume_id: id, size_bytes, base_root: None, generation: 0, base_chunks: [], filled: true };
+        let spec = MapSpec { volume_id: id, size_bytes, base: None, generation: 0, filled: true };
         let failed = |error: hearth_block::MapError| io_error("making the map in", &new)(io::Error::other(error));
         map::create(&map_file, spec).map_err(failed)?;
         sync_dir(&new).map_err(io_error("syncing", &new))?;

@@ -1,4 +1,5 @@
-//! Which chunks of a base are on this host: bits in a file that VMMs map.
+//! Which chunks of a base are on this host: bits in a file that VMMs map. Its second half tells them which chunks the base has
+//! at all.
 //!
 //! The file belongs to one boot of the host. After another boot nothing is known: the page cache may have lost what the bits
 //! promised, so each chunk is looked at again (or fetched again) before its bit is set in the new boot's file.
@@ -6,11 +7,13 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use hearth_block::map::Extent;
+use hearth_block::presence_words;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The bits, writable.
@@ -31,8 +34,9 @@ pub fn file_of(folder: &Path, boot_id: &str) -> PathBuf {
 }
 
 impl Presence {
-    /// Opens or makes this boot's file for `chunks` chunks, and removes those of other boots.
-    pub fn open(folder: &Path, boot_id: &str, chunks: u64) -> io::Result<Self> {
+    /// Opens or makes this boot's file for `chunks` chunks, of which the base has those of `extent`, and removes those of other
+    /// boots.
+    pub fn open(folder: &Path, boot_id: &str, chunks: u64, extent: &Extent) -> io::Result<Self> {
         let path = file_of(folder, boot_id);
         for entry in std::fs::read_dir(folder)?.flatten() {
             let name = entry.file_name();
@@ -40,13 +44,15 @@ impl Presence {
                 std::fs::remove_file(entry.path())?;
             }
         }
-        let words = usize::try_from(chunks.div_ceil(64)).map_err(io::Error::other)?.max(1);
+        let words = usize::try_from(presence_words(chunks)).map_err(io::Error::other)?;
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
         // Never shorter: VMMs that run may have it mapped.
-        if file.metadata()?.len() < words as u64 * 8 {
-            file.set_len(words as u64 * 8)?;
+        if file.metadata()?.len() < words as u64 * 16 {
+            file.set_len(words as u64 * 16)?;
         }
+        // The same bytes each time.
+        file.write_all_at(&extent.to_bytes(), words as u64 * 8)?;
         let length = NonZeroUsize::new(words * 8).ok_or_else(|| io::Error::other("an empty mapping"))?;
         // SAFETY: a new shared mapping of a file that is at least this long and is never shortened.
         let memory = unsafe {
@@ -99,16 +105,19 @@ mod tests {
     #[test]
     fn bits_live_as_long_as_the_boot() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Presence::open(folder.path(), "a", 130).unwrap();
+        let extent = Extent::of([0, 64, 129]);
+        let first = Presence::open(folder.path(), "a", 130, &extent).unwrap();
         first.set(0);
         first.set(129);
         first.set(10_000);
         assert!(first.has(0) && first.has(129) && !first.has(64) && !first.has(10_000));
         drop(first);
-        let again = Presence::open(folder.path(), "a", 130).unwrap();
+        let again = Presence::open(folder.path(), "a", 130, &extent).unwrap();
         assert_eq!((again.has(129), again.count()), (true, 2));
-        let later = Presence::open(folder.path(), "b", 130).unwrap();
+        let later = Presence::open(folder.path(), "b", 130, &extent).unwrap();
         assert_eq!(later.count(), 0);
+        let content = std::fs::read(file_of(folder.path(), "b")).unwrap();
+        assert_eq!((content.len(), &content[24..]), (48, &extent.to_bytes()[..]));
         assert!(!file_of(folder.path(), "a").exists());
     }
 }

@@ -14,7 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hearth_block::map::{self, MapSpec};
+use hearth_block::map::{self, MapBase, MapSpec};
 use hearth_block::{BLOCK_BYTES, BaseFiles, BlockError, CHUNK_BYTES, MapError, OfflineVolume, VolumeFiles};
 use hearth_proto::v1;
 use hearth_types::VolumeId;
@@ -231,15 +231,13 @@ fn make(placed: &Placed, volumes: &Path) -> Result<(), VolumeError> {
     let (data, map_file) = (create("data")?, create("map")?);
     data.set_len(placed.wanted.size_bytes).map_err(io_error("setting the size of the data in", &new))?;
     data.sync_all().map_err(io_error("syncing the data in", &new))?;
-    let last = placed.wanted.size_bytes.div_ceil(CHUNK_BYTES);
-    let manifest = placed.base.as_ref().map(|base| &base.manifest);
+    let base = placed.base.as_ref();
     let spec = MapSpec {
         volume_id: placed.id.to_string(),
         size_bytes: placed.wanted.size_bytes,
-        base_root: manifest.map(|manifest| manifest.root_hash().0),
+        base: base.map(|base| MapBase { root: base.manifest.root_hash().0, extent: base.extent.clone() }),
         generation: 0,
         filled: false,
-        base_chunks: manifest.into_iter().flat_map(|manifest| manifest.chunks()).take_while(|chunk| *chunk < last),
     };
     map::create(&map_file, spec).map_err(|source| VolumeError::Map { id: placed.id.to_string(), source })?;
     if let Some(base) = &placed.wanted.base {

@@ -149,11 +149,7 @@ impl Core {
             }
             _ => (Operation::Flush, None),
         };
-        let alone = op.pages.len() == 1;
         transfer.start(operation, iovec.as_slice());
-        if transfer.purpose == Purpose::FlushLog || transfer.purpose == Purpose::FlushPage && alone {
-            transfer.task.write_through();
-        }
     }
 
     pub(super) fn complete_internal(&mut self, number: usize, result: Result<(), i32>) {
@@ -202,8 +198,9 @@ impl Core {
                     self.start_internal(index, Purpose::FlushPage, FileId::Map, offset, PAGE);
                 }
             }
-            // One page was written through; more are synced together.
-            Purpose::FlushPage if error.is_none() && pages > 1 => {
+            // Not one write with RWF_DSYNC: asynchronous direct I/O ends that in a worker of the kernel which waits for its turn on
+            // a busy CPU.
+            Purpose::FlushPage | Purpose::FlushLog if error.is_none() => {
                 self.start_internal(index, Purpose::FlushMap, FileId::Map, 0, 0);
             }
             _ => self.with(|core, coord| core.end_flush(index, error, coord)),

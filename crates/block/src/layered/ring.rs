@@ -329,10 +329,6 @@ fn entry_for(file: FileId, call: Call<'_>) -> Entry {
         Call::Writev { iovecs, offset } => {
             opcode::Writev::new(file, iovecs.as_ptr(), iovecs.len() as u32).offset(offset).build()
         }
-        Call::WriteThrough { iovecs, offset } => {
-            let entry = opcode::Writev::new(file, iovecs.as_ptr(), iovecs.len() as u32).offset(offset);
-            entry.rw_flags(libc::RWF_DSYNC).build()
-        }
         Call::Fdatasync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         Call::Fallocate { mode, offset, length } => {
             opcode::Fallocate::new(file, length).offset(offset).mode(mode).build()

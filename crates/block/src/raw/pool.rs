@@ -180,10 +180,6 @@ pub(crate) fn execute(call: Call<'_>, fd: i32) -> Result<u64, i32> {
         Call::Writev { iovecs, offset } => unsafe {
             libc::pwritev(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as i64) as i64
         },
-        // SAFETY: as above.
-        Call::WriteThrough { iovecs, offset } => unsafe {
-            libc::pwritev2(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as i64, libc::RWF_DSYNC) as i64
-        },
         // SAFETY: no pointers.
         Call::Fdatasync => i64::from(unsafe { libc::fdatasync(fd) }),
         Call::Fallocate { mode, offset, length } => {

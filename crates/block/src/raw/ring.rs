@@ -202,10 +202,6 @@ fn entry_for(call: Call<'_>) -> Entry {
         Call::Writev { iovecs, offset } => {
             opcode::Writev::new(VOLUME_FILE, iovecs.as_ptr(), iovecs.len() as u32).offset(offset).build()
         }
-        Call::WriteThrough { iovecs, offset } => {
-            let entry = opcode::Writev::new(VOLUME_FILE, iovecs.as_ptr(), iovecs.len() as u32).offset(offset);
-            entry.rw_flags(libc::RWF_DSYNC).build()
-        }
         Call::Fdatasync => opcode::Fsync::new(VOLUME_FILE).flags(FsyncFlags::DATASYNC).build(),
         Call::Fallocate { mode, offset, length } => {
             opcode::Fallocate::new(VOLUME_FILE, length).offset(offset).mode(mode).build()

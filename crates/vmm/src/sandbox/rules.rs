@@ -50,7 +50,7 @@ const COMMON: [libc::c_long; 20] = [
 
 /// The control thread serves sockets, kicks vCPUs, and opens, grows, freezes and closes the disks it is handed. An NBD disk's epoll
 /// set is made here, and its server is talked to here until the I/O thread takes over.
-const CONTROL: [libc::c_long; 27] = [
+const CONTROL: [libc::c_long; 28] = [
     libc::SYS_accept4,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -61,6 +61,7 @@ const CONTROL: [libc::c_long; 27] = [
     libc::SYS_fstat,
     libc::SYS_ftruncate,
     libc::SYS_io_uring_setup,
+    libc::SYS_lseek,
     libc::SYS_poll,
     libc::SYS_pread64,
     libc::SYS_preadv,

@@ -10,7 +10,6 @@ use crate::layered::freeze::{BROKEN_AT, FreezeState, FrozenSet, encode_staged, s
 use crate::layered::mark_clean;
 use crate::layered::op::FileId;
 use crate::layered::shared::Mail;
-use crate::task::Call;
 use crate::xts::Xts;
 
 /// How a process ends.
@@ -212,11 +211,6 @@ impl World {
         for which in 0..self.queues.len() {
             for at in 0..self.queues[which].outstanding.len() {
                 if self.queues[which].outstanding[at].applied.is_none() && self.rng.chance(2) {
-                    let taken = &mut self.queues[which].outstanding[at];
-                    if let Call::WriteThrough { iovecs, offset } = taken.call {
-                        // Cut off in the middle: any part of it may be there.
-                        taken.call = Call::Writev { iovecs, offset };
-                    }
                     let _ = self.effect(which, at);
                 }
             }

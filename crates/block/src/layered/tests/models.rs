@@ -162,18 +162,14 @@ impl Volume {
                 unsafe { scatter(&bytes, iovecs) };
                 bytes.len() as u64
             }
-            Call::Writev { iovecs, offset } | Call::WriteThrough { iovecs, offset } => {
+            Call::Writev { iovecs, offset } => {
                 let mut bytes = vec![0; total(iovecs)];
                 // SAFETY: as above.
                 unsafe { gather(iovecs, &mut bytes) };
                 if file == FileId::Data {
                     self.check_staged(offset / CHUNK_BYTES);
                 }
-                let id = self.disk.write(file, offset, &bytes, true);
-                if matches!(call, Call::WriteThrough { .. }) {
-                    let sectors = offset / 512..(offset + bytes.len() as u64) / 512;
-                    self.disk.sync_ends(file, &sectors.map(|sector| (sector, id)).collect());
-                }
+                self.disk.write(file, offset, &bytes, true);
                 bytes.len() as u64
             }
             Call::Fdatasync => {

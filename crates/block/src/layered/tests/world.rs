@@ -363,12 +363,12 @@ impl World {
             return (Err(libc::EIO), 0);
         }
         if matches!(file, FileId::Data | FileId::Map)
-            && matches!(taken.call, Call::Writev { .. } | Call::WriteThrough { .. } | Call::Fallocate { .. })
+            && matches!(taken.call, Call::Writev { .. } | Call::Fallocate { .. })
             && fails(no_space)
         {
             return (Err(libc::ENOSPC), 0);
         }
-        if matches!(taken.call, Call::Fdatasync | Call::WriteThrough { .. }) && fails(sync) {
+        if matches!(taken.call, Call::Fdatasync) && fails(sync) {
             return (Err(libc::EIO), 0);
         }
         let total = |iovecs: &[libc::iovec]| iovecs.iter().map(|iovec| iovec.iov_len).sum::<usize>();
@@ -396,15 +396,6 @@ impl World {
                 unsafe { gather(iovecs, &mut bytes) };
                 let id = self.disk.write(file, offset, &bytes, false);
                 (Ok(bytes.len() as u64), id)
-            }
-            Call::WriteThrough { iovecs, offset } => {
-                let mut bytes = vec![0; total(iovecs)];
-                // SAFETY: as above.
-                unsafe { gather(iovecs, &mut bytes) };
-                let id = self.disk.write(file, offset, &bytes, true);
-                let sectors = offset / 512..(offset + bytes.len() as u64) / 512;
-                self.disk.sync_ends(file, &sectors.map(|sector| (sector, id)).collect());
-                (Ok(bytes.len() as u64), 0)
             }
             Call::Fdatasync => {
                 self.disk.sync_ends(file, taken.covered.as_ref().unwrap());
@@ -514,9 +505,7 @@ fn whole_block(sector: u64, range: &std::ops::Range<u64>) -> bool {
 }
 
 fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
-    let (Call::Readv { iovecs, offset } | Call::Writev { iovecs, offset } | Call::WriteThrough { iovecs, offset }) =
-        call
-    else {
+    let (Call::Readv { iovecs, offset } | Call::Writev { iovecs, offset }) = call else {
         return;
     };
     if !matches!(file, FileId::Data | FileId::Map) || alignment.memory == 1 {

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use hearth_block::map::{self, MapSpec};
+use hearth_block::map::{self, Extent, MapBase, MapSpec};
 use hearth_block::{BaseFiles, CHUNK_BYTES, FreezeState, RateLimits, Stage, VolumeFiles, XtsKey, staged_bytes};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -37,7 +37,8 @@ fn memfd(bytes: u64) -> File {
 
 impl Agent {
     fn new() -> Self {
-        let presence = memfd(8);
+        let presence = memfd(16);
+        presence.write_all_at(&Extent::of(0..CHUNKS).to_bytes(), 8).unwrap();
         fcntl(&presence, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
         let agent = Self { folder: tempfile::tempdir().unwrap(), presence, wake };
@@ -47,9 +48,8 @@ impl Agent {
             filled: false,
             volume_id: "vol-a".into(),
             size_bytes: BYTES,
-            base_root: Some([1; 32]),
+            base: Some(MapBase { root: [1; 32], extent: Extent::of(0..CHUNKS) }),
             generation: 1,
-            base_chunks: 0..CHUNKS,
         };
         map::create(&agent.file("map"), spec).unwrap();
         agent
