@@ -173,3 +173,55 @@ fn discarded_and_blank_ranges_never_show_old_data() {
         assert!((0..64).chain(2 * CHUNK_SECTORS..2 * CHUNK_SECTORS + 32).all(|sector| world.content(sector) == 0));
     }
 }
+
+/// Of writes that race one stays, whichever: it is still the same one after a flush and a power cut.
+#[test]
+fn a_race_is_decided_once() {
+    let mut seen = 0;
+    for seed in 0..400 {
+        let mut world = World::new(seed);
+        world.start(0, Operation::Flush, 0, 0);
+        world.quiesce();
+        for which in [0, world.queues.len() - 1] {
+            world.start(which, Operation::Write, 8, 16);
+            world.issue(which, usize::MAX);
+        }
+        for _ in 0..40 {
+            let which = world.rng.below(world.queues.len() as u64) as usize;
+            if world.rng.chance(2) {
+                world.apply(which);
+            } else {
+                world.answer(which);
+            }
+        }
+        world.start(0, Operation::Flush, 0, 0);
+        world.quiesce();
+        let before: Vec<_> = (8..24).map(|sector| world.content(sector)).collect();
+        seen |= 1 << before[0];
+        world.start(0, Operation::Flush, 0, 0);
+        world.quiesce();
+        world.end(End::Power);
+        let after: Vec<_> = (8..24).map(|sector| world.content(sector)).collect();
+        assert_eq!(after, before, "seed {seed}");
+    }
+    assert_eq!(seen, 0b110, "one of two always won");
+}
+
+/// A block that is in the log and is overwritten: the log does not bring back what it held before.
+#[test]
+fn the_log_does_not_undo_a_flushed_overwrite() {
+    for seed in 0..100 {
+        let mut world = World::new(seed);
+        for _ in 0..4 {
+            world.start(0, Operation::Flush, 0, 0);
+            world.quiesce();
+            world.start(0, Operation::Write, 8, 8);
+            world.quiesce();
+        }
+        world.start(0, Operation::Flush, 0, 0);
+        world.quiesce();
+        let before = world.content(8);
+        world.end(if seed % 2 == 0 { End::Power } else { End::Kill });
+        assert_eq!(world.content(8), before, "seed {seed}");
+    }
+}
