@@ -4,7 +4,7 @@
 //!
 //! `block_bench [FOLDER] [MIB] [ROUNDS] [CASES]`: FOLDER on a file system with direct I/O (default: the current one), size of the
 //! test files (default 256), rounds (default 7), only cases with this text in their names.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 mod loads;
 mod nbd_server;

@@ -68,7 +68,15 @@ impl Core {
         }
         kept.into_iter().for_each(|kept| self.buffers.give(kept.buffer));
         // Pages are encoded before the data is synced: a bit set later belongs to data that this sync may miss.
-        while run == FlushRun::All {
+        if run == FlushRun::All {
+            self.take_pages(index, coord);
+        }
+        self.start_internal(index, Purpose::FlushData, FileId::Data, 0, 0);
+    }
+
+    /// Encodes the pages that changed.
+    fn take_pages(&mut self, index: usize, coord: &mut Coord) {
+        loop {
             let mut buffer = self.buffers.take(PAGE);
             let write = buffer.bytes().first_chunk_mut::<PAGE>().and_then(|page| coord.bits.take_changed(page));
             match (write, self.ops.get(index)) {
@@ -79,7 +87,6 @@ impl Core {
                 }
             }
         }
-        self.start_internal(index, Purpose::FlushData, FileId::Data, 0, 0);
     }
 
     fn start_log(&mut self, index: usize, kept: Vec<Kept>, coord: &mut Coord) {
