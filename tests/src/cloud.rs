@@ -100,10 +100,16 @@ fn ip(words: &str) {
 impl Cloud {
     /// Starts it and waits until every host is there.
     pub fn start(shape: Shape) -> Self {
+        Self::start_with(shape, |_| String::new())
+    }
+
+    /// The same with a configuration file for the agents, whose text may name files in the cloud's folder.
+    pub fn start_with(shape: Shape, settings: impl FnOnce(&Path) -> String) -> Self {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
         let cgroup = format!("hearth-test-{}", std::process::id());
         let mut cloud = Self { folder: scratch(), shape, control: None, agents: Vec::new(), cgroup };
+        std::fs::write(cloud.path("agent.toml"), settings(cloud.folder.path())).unwrap();
         if let Shape::Hosts(_) = shape {
             ip("link add hosts type bridge forward_delay 0");
             ip("address add 10.99.0.254/24 dev hosts");
@@ -157,6 +163,7 @@ impl Cloud {
         let vmm = program("hearth-vmm");
         let cidr = format!("172.30.{}.0/24", host + 1);
         [
+            ("--config", self.path("agent.toml").to_str().unwrap()),
             ("--run-dir", run.as_str()),
             ("--vmm", vmm.to_str().unwrap()),
             ("--cgroup-parent", &format!("{}-{host}", self.cgroup)),

@@ -53,6 +53,8 @@ pub struct AgentConfig {
     pub stop_timeout: Duration,
     /// The same for a terminated instance, whose disks are deleted anyway.
     pub terminate_timeout: Duration,
+    /// Volume backends that this host can reach.
+    pub volume_backends: Vec<hearth_driver::BackendSettings>,
     /// The network of the host's instances.
     pub network: NetworkConfig,
 }
@@ -94,6 +96,7 @@ impl Default for AgentConfig {
             background_fill: 0,
             stop_timeout: Duration::from_secs(90),
             terminate_timeout: Duration::from_secs(10),
+            volume_backends: Vec::new(),
             network: NetworkConfig::default(),
         }
     }

@@ -39,6 +39,9 @@ pub enum AgentError {
     /// Volumes.
     #[error(transparent)]
     Volumes(#[from] crate::storage::VolumeError),
+    /// What the operator says of a volume backend.
+    #[error(transparent)]
+    Backend(hearth_driver::DriverError),
     /// The host's network.
     #[error("network: {0}")]
     Network(#[from] hearth_net::NetError),

@@ -21,5 +21,6 @@ pub mod supervisor;
 
 pub use config::{AgentConfig, NetworkConfig};
 pub use error::AgentError;
+pub use hearth_driver::BackendSettings;
 pub use run::run;
 pub use tokio_util::sync::CancellationToken;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hearth_driver::{Backend, DriverError};
 use hearth_proto::v1;
 use hearth_types::Resources;
 use tokio::sync::Semaphore;
@@ -25,7 +26,7 @@ use crate::link::{
 };
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{Bases, HostVolumes, RemoteObjects, Snapshots};
+use crate::storage::{Bases, HostVolumes, NetworkVolumes, RemoteObjects, Snapshots};
 use crate::supervisor::Supervisor;
 
 /// A session this long clears the past.
@@ -67,7 +68,9 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         None => Arc::new(RemoteObjects(link.clone())),
     };
     let bases = Arc::new(Bases::new(layout.clone(), objects, boot_id(), config.background_fill));
-    let volumes = Arc::new(HostVolumes::new(layout.clone(), bases)?);
+    let network_volumes = NetworkVolumes::new(layout.clone(), backends(&config)?);
+    let names = network_volumes.names();
+    let volumes = Arc::new(HostVolumes::new(layout.clone(), bases)?.with_network(network_volumes));
     let reports = Arc::new(Reports::default());
     let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone());
     let snapshots = Arc::new(snapshots.map_err(AgentError::file("tidying", &layout.stages()))?);
@@ -90,13 +93,38 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         crash: crate::instance::CrashPoint::default(),
     });
     let supervisor = Supervisor::start(host.clone(), config.uid_count)?;
+    let network_volumes = host.volumes.network().clone();
+    let left = network_volumes.left_behind(&supervisor.volumes());
+    // Not waited for: a storage daemon whose cluster is away ends slowly.
+    tokio::spawn(async move {
+        for volume in left {
+            if let Err(error) = network_volumes.close(&volume).await {
+                tracing::warn!(%error, "what serves a volume that no instance has");
+            }
+        }
+    });
     sweep(&cgroups, launcher.as_ref(), &supervisor, &layout).await?;
 
     tracing::info!(instances = supervisor.instances().len(), "looks for the control plane");
-    let hello = announcement(&config, &identity, capacity, epoch.agent_epoch());
+    let mut hello = announcement(&config, &identity, capacity, epoch.agent_epoch());
+    hello.volume_backends = names;
     let session = Session { supervisor, host, epoch, announcement: Announcement(hello), link };
     keep_connected(&config, &layout, identity, &session, &shutdown).await;
     Ok(())
+}
+
+/// The backends, each under a name of its own.
+fn backends(config: &AgentConfig) -> Result<Vec<Backend>, AgentError> {
+    let mut made: Vec<Backend> = Vec::new();
+    for settings in &config.volume_backends {
+        let backend = Backend::new(settings, tokio::runtime::Handle::current()).map_err(AgentError::Backend)?;
+        if made.iter().any(|other| other.name() == backend.name()) {
+            let why = "there are two of this name".to_owned();
+            return Err(AgentError::Backend(DriverError::Settings { backend: backend.name().to_owned(), why }));
+        }
+        made.push(backend);
+    }
+    Ok(made)
 }
 
 fn take_lock(path: &Path, state: &Path) -> Result<File, AgentError> {
@@ -248,6 +276,7 @@ fn announcement(config: &AgentConfig, identity: &Identity, capacity: Resources, 
         vcpu_overcommit_percent: config.vcpu_overcommit_percent,
         availability_zone: config.availability_zone.clone(),
         instance_cidr: config.network.instance_cidr.to_string(),
+        volume_backends: Vec::new(),
         labels: config.labels.iter().map(|(key, value)| v1::Tag { key: key.clone(), value: value.clone() }).collect(),
     }
 }

@@ -68,6 +68,14 @@ impl Supervisor {
         self.inner.lock().instances.keys().cloned().collect()
     }
 
+    /// Ids of the volumes that instances here have.
+    pub fn volumes(&self) -> HashSet<String> {
+        let inner = self.inner.lock();
+        let wishes: Vec<_> = inner.instances.values().map(|entry| entry.wishes.borrow().clone()).collect();
+        let attached = wishes.iter().filter_map(|wish| wish.spec.as_ref()).flat_map(|spec| &spec.volumes);
+        attached.filter_map(|slot| slot.volume.as_ref()).map(|volume| volume.volume_id.clone()).collect()
+    }
+
     /// Takes over everything that the control plane wants here. What it does not name is left alone.
     pub fn apply_host(&self, desired: DesiredHost) {
         let named: HashSet<String> = desired.instances.iter().map(|desired| desired.instance_id.clone()).collect();

@@ -10,6 +10,7 @@ pub mod error;
 
 mod api_error;
 mod auth;
+mod backends;
 mod bootstrap;
 mod check;
 mod clock;

@@ -83,7 +83,11 @@ impl Storage {
         let mut parent = parent_of(spec);
         self.complete(volume.as_mut());
         self.complete_base(parent.as_mut());
-        let wish = if spec.deleting { v1::VolumeWish::Deleted } else { v1::VolumeWish::Released };
+        let wish = match (spec.deleting, spec.creating) {
+            (true, _) => v1::VolumeWish::Deleted,
+            (false, true) => v1::VolumeWish::Created,
+            (false, false) => v1::VolumeWish::Released,
+        };
         v1::DesiredVolume {
             volume,
             generation: spec.generation,

@@ -16,6 +16,8 @@ pub(crate) fn state_of(spec: &rec::VolumeSpec) -> VolumeState {
         VolumeState::Deleting
     } else if !spec.error.is_empty() {
         VolumeState::Error
+    } else if spec.creating {
+        VolumeState::Creating
     } else if !spec.instance_id.is_empty() {
         VolumeState::InUse
     } else {
@@ -171,8 +173,10 @@ pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
         _ if !spec.error.is_empty() => (v1::VolumeStatus::Impaired, spec.error.clone()),
         _ => (v1::VolumeStatus::Ok, String::new()),
     };
-    let reason = (!spec.error.is_empty())
-        .then(|| v1::StateReason { code: "Server.VolumeLost".to_owned(), message: spec.error.clone() });
+    let reason = (!spec.error.is_empty()).then(|| {
+        let code = if volume.backend.is_empty() { "Server.VolumeLost" } else { "Server.InternalError" };
+        v1::StateReason { code: code.to_owned(), message: spec.error.clone() }
+    });
     v1::Volume {
         volume_id: spec.volume_id.clone(),
         account_id: spec.account_id.clone(),
@@ -191,7 +195,8 @@ pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
         status: status.into(),
         status_detail,
         modification: modification(tables, spec),
-        host_id: spec.host_id.clone(),
+        host_id: if volume.backend.is_empty() { spec.host_id.clone() } else { String::new() },
+        backend: volume.backend,
     }
 }
 

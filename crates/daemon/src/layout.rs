@@ -55,6 +55,7 @@ pub fn agent(settings: &Settings) -> Result<AgentConfig, DaemonError> {
     set(&mut config.vcpu_overcommit_percent, settings.vcpu_overcommit_percent);
     set(&mut config.stop_timeout, settings.stop_timeout.map(|span| span.0));
     set(&mut config.terminate_timeout, settings.terminate_timeout.map(|span| span.0));
+    config.volume_backends.clone_from(&settings.volume_backends);
     config.reserved_memory_mib = settings.reserved_memory_mib.or(config.reserved_memory_mib);
     config.background_fill = u64::from(settings.background_fill_mibps.unwrap_or(0)) << 20;
     config.reserved_disk_bytes = settings.reserved_disk_bytes.or(config.reserved_disk_bytes);

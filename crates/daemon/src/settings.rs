@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use hearth_agent::BackendSettings;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -336,6 +337,10 @@ settings! {
     /// vCPUs offered per 100 host threads [default: 100]
     #[arg(long, value_name = "PERCENT", help_heading = "Agent")]
     vcpu_overcommit_percent: Option<u32>,
+    /// Volume backends, tables in the configuration file alone (docs/storage.md).
+    #[arg(skip)]
+    #[serde(rename = "volume-backend")]
+    volume_backends: Vec<BackendSettings>,
     /// How long a guest may take to shut down before it is killed [default: 90s]
     #[arg(long, value_name = "TIME", help_heading = "Agent")]
     stop_timeout: Option<Span>,

@@ -88,3 +88,27 @@ fn the_command_line_is_sound() {
     assert_eq!(error.exit_code(), 2);
     assert!(Arguments::try_parse_from(["hearthd", "--version"]).unwrap_err().to_string().starts_with("hearthd 0."));
 }
+
+#[test]
+fn volume_backends_stand_in_the_file() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("hearthd.toml");
+    let text = "zone = 'a'\n[[volume-backend]]\nname = 'ceph'\nkind = 'rbd'\npool = 'volumes'\nuser = 'hearth'\n\
+                [[volume-backend]]\nname = 'san'\nkind = 'nbd'\nuri = 'nbds://san/{volume}'\nprovisioner = '/p'\ntls-authority = '/ca'\n";
+    std::fs::write(&file, text).unwrap();
+    let settings = Settings::resolve(Settings::default(), &file).unwrap();
+    let agent = crate::layout::agent(&settings).unwrap();
+    let [BackendSettings::Rbd(ceph), BackendSettings::Nbd(san)] = agent.volume_backends.as_slice() else {
+        panic!("{:?}", agent.volume_backends)
+    };
+    assert_eq!((ceph.pool.as_str(), ceph.user.as_deref()), ("volumes", Some("hearth")));
+    assert_eq!((san.name.as_str(), san.tls_authority.as_deref()), ("san", Some(Path::new("/ca"))));
+    for (text, told) in [
+        ("[[volume-backend]]\nname = 'x'\nkind = 'iscsi'\n", "iscsi"),
+        ("[[volume-backend]]\nname = 'x'\nkind = 'rbd'\npol = 'p'\n", "pol"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let error = Settings::resolve(Settings::default(), &file).unwrap_err().to_string();
+        assert!(error.contains(told) && error.contains("hearthd.toml"), "{text}: {error}");
+    }
+}

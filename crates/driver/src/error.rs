@@ -24,6 +24,22 @@ pub enum DriverError {
         /// What is wrong with it.
         why: String,
     },
+    /// What an operator says of a backend cannot be.
+    #[error("volume backend {backend}: {why}")]
+    Settings {
+        /// Its name.
+        backend: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// TLS with an NBD server.
+    #[error("TLS with {server}: {why}")]
+    Tls {
+        /// Which.
+        server: String,
+        /// What went wrong.
+        why: String,
+    },
     /// A program is not installed, or cannot be started.
     #[error("cannot start {program}: {source}")]
     Start {

@@ -40,13 +40,16 @@ pub enum Endpoint {
     },
 }
 
-/// An export of a server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
+/// An export of a server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; `nbds` and `nbds+unix` with TLS. The
+/// parameter `tls-hostname` is the name that the server's certificate must have, when it is not HOST.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// Where it listens.
     pub endpoint: Endpoint,
     /// Name of the export; the empty one is the server's default.
     pub export: String,
+    /// With TLS: the name or address that the server's certificate must have.
+    pub tls_name: Option<String>,
 }
 
 impl FromStr for Server {
@@ -58,12 +61,25 @@ impl FromStr for Server {
         if !url.username().is_empty() || url.password().is_some() || url.fragment().is_some() {
             return Err(refuse("it has a user, a password or a fragment".to_owned()));
         }
-        let mut socket = None;
+        let (mut socket, mut tls_name) = (None, None);
         for (key, value) in url.query_pairs() {
-            if key != "socket" || socket.is_some() {
-                return Err(refuse(format!("the parameter {key} is not known, or is there twice")));
+            let known = match key.as_ref() {
+                "socket" => &mut socket,
+                "tls-hostname" => &mut tls_name,
+                _ => return Err(refuse(format!("the parameter {key} is not known"))),
+            };
+            if known.replace(value.into_owned()).is_some() {
+                return Err(refuse(format!("the parameter {key} is there twice")));
             }
-            socket = Some(PathBuf::from(value.into_owned()));
+        }
+        let socket = socket.map(PathBuf::from);
+        let (scheme, tls) = match url.scheme() {
+            "nbds" => ("nbd", true),
+            "nbds+unix" => ("nbd+unix", true),
+            scheme => (scheme, false),
+        };
+        if !tls && tls_name.is_some() {
+            return Err(refuse("tls-hostname is for nbds and nbds+unix".to_owned()));
         }
         let path = url.path();
         let export = decode(path.strip_prefix('/').unwrap_or(path))
@@ -71,7 +87,7 @@ impl FromStr for Server {
         if export.len() > MAX_EXPORT_BYTES || export.contains('\0') {
             return Err(refuse("the export's name is too long or has a NUL".to_owned()));
         }
-        let endpoint = match (url.scheme(), socket) {
+        let endpoint = match (scheme, socket) {
             ("nbd+unix", Some(socket)) if url.host().is_none() && socket.is_absolute() => Endpoint::Unix(socket),
             ("nbd+unix", _) => return Err(refuse("it needs ?socket= with an absolute path, and no host".to_owned())),
             ("nbd", Some(_)) => return Err(refuse("only nbd+unix has a socket".to_owned())),
@@ -85,12 +101,15 @@ impl FromStr for Server {
                 };
                 Endpoint::Tcp { host, port: url.port().unwrap_or(NBD_PORT) }
             }
-            ("nbds" | "nbds+unix", _) => {
-                return Err(refuse("TLS is not offered yet".to_owned()));
-            }
-            (scheme, _) => return Err(refuse(format!("{scheme} is none of nbd and nbd+unix"))),
+            (scheme, _) => return Err(refuse(format!("{scheme} is none of nbd, nbd+unix, nbds and nbds+unix"))),
         };
-        Ok(Self { endpoint, export })
+        let tls_name = match (tls, tls_name, &endpoint) {
+            (false, ..) => None,
+            (true, Some(name), _) => Some(name),
+            (true, None, Endpoint::Tcp { host, .. }) => Some(host.clone()),
+            (true, None, Endpoint::Unix(_)) => return Err(refuse("it needs tls-hostname=".to_owned())),
+        };
+        Ok(Self { endpoint, export, tls_name })
     }
 }
 
@@ -167,7 +186,7 @@ mod tests {
     use super::*;
 
     fn tcp(host: &str, port: u16, export: &str) -> Server {
-        Server { endpoint: Endpoint::Tcp { host: host.into(), port }, export: export.into() }
+        Server { endpoint: Endpoint::Tcp { host: host.into(), port }, export: export.into(), tls_name: None }
     }
 
     #[test]
@@ -175,8 +194,13 @@ mod tests {
         assert_eq!("nbd://storage.lan/disk%201".parse::<Server>().unwrap(), tcp("storage.lan", 10809, "disk 1"));
         assert_eq!("nbd://192.0.2.7:4711".parse::<Server>().unwrap(), tcp("192.0.2.7", 4711, ""));
         assert_eq!("nbd://[2001:db8::7]:4711/a/b".parse::<Server>().unwrap(), tcp("2001:db8::7", 4711, "a/b"));
-        let unix = Server { endpoint: Endpoint::Unix("/run/a b".into()), export: "x".into() };
+        let unix = Server { endpoint: Endpoint::Unix("/run/a b".into()), export: "x".into(), tls_name: None };
         assert_eq!("nbd+unix:///x?socket=/run/a%20b".parse::<Server>().unwrap(), unix);
+        let with_tls = |name: &str, server: Server| Server { tls_name: Some(name.into()), ..server };
+        let parsed = |text: &str| text.parse::<Server>().unwrap();
+        assert_eq!(parsed("nbds://storage.lan/x"), with_tls("storage.lan", tcp("storage.lan", 10809, "x")));
+        assert_eq!(parsed("nbds://192.0.2.7/x?tls-hostname=nas"), with_tls("nas", tcp("192.0.2.7", 10809, "x")));
+        assert_eq!(parsed("nbds+unix:///x?socket=/run/a%20b&tls-hostname=nas"), with_tls("nas", unix));
         for bad in [
             "nbd:///x",
             "nbd://h/x?socket=/a",
@@ -186,7 +210,9 @@ mod tests {
             "nbd+unix://h/x?socket=/a",
             "nbd+unix:///x?socket=/a&socket=/b",
             "nbd://h/%ff",
-            "nbds://h/x",
+            "nbds+unix:///x?socket=/a",
+            "nbd://h/x?tls-hostname=h",
+            "nbds://h/x?tls-hostname=h&tls-hostname=i",
             "http://h/x",
             "h",
         ] {

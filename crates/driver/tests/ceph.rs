@@ -2,15 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use hearth_block::nbd::{NbdError, NbdEvents, NbdOptions, NbdVolume, UnixConnector};
+use hearth_block::nbd::{Connector, NbdError, NbdEvents, NbdOptions, NbdVolume, UnixConnector};
 use hearth_block::{Completion, IoError, Operation, Request, Volume, VolumeQueue};
-use hearth_driver::DriverError;
 use hearth_driver::rbd::{Cluster, Export, Extent, Name, Parent};
+use hearth_driver::{Backend, BackendSettings, DriverError, RbdSettings};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use tempfile::TempDir;
@@ -61,9 +63,12 @@ struct Disk {
 
 impl Disk {
     fn open(folder: &Path) -> Self {
+        Self::open_with(Box::new(UnixConnector { path: folder.join("nbd.sock") }))
+    }
+
+    fn open_with(connector: Box<dyn Connector>) -> Self {
         let seen = Arc::new(Seen::default());
         let options = NbdOptions { export: Export::NAME.into(), ..NbdOptions::default() };
-        let connector = Box::new(UnixConnector { path: folder.join("nbd.sock") });
         let volume = NbdVolume::open(connector, seen.clone(), options).unwrap();
         let queue = volume.open_queue(32).unwrap();
         Self { volume, queue, seen }
@@ -354,4 +359,86 @@ fn what_cannot_be_served_says_why() {
     cluster.fence(&image).unwrap();
     cluster.remove(&image).unwrap();
     assert_eq!(cluster.claimed(&image).unwrap(), None);
+}
+
+/// What a VMM's client gets from its agent.
+#[derive(Debug)]
+struct Reconnect {
+    backend: Arc<Backend>,
+    image: Name,
+    bytes: u64,
+    generation: u64,
+    folder: PathBuf,
+}
+
+impl Connector for Reconnect {
+    fn connect(&self) -> std::io::Result<OwnedFd> {
+        let made = self.backend.reconnect(&self.image, self.bytes, self.generation, &self.folder);
+        let socket = made.map_err(std::io::Error::other)?;
+        fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(socket)
+    }
+}
+
+#[test]
+#[ignore = "needs a Ceph cluster: scripts/test-ceph"]
+fn a_backend_makes_serves_moves_and_deletes_volumes() {
+    let pool = cluster();
+    let settings = BackendSettings::Rbd(RbdSettings {
+        name: "ceph".into(),
+        pool: pool.pool.to_string(),
+        namespace: None,
+        conf: pool.conf.clone(),
+        user: None,
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let backend = Arc::new(Backend::new(&settings, runtime.handle().clone()).unwrap());
+    let image = name("vol-of-backend");
+    let run = TempDir::new().unwrap();
+    let (here, there) = (run.path().join("here"), run.path().join("there"));
+    // Attaching makes nothing.
+    assert!(matches!(backend.open(&image, SIZE, 1, &here), Err(DriverError::NotFound { .. })));
+    for _ in 0..2 {
+        backend.create(&image, SIZE).unwrap();
+    }
+    let connector = |bytes, generation, folder: &Path| {
+        let (backend, image, folder) = (backend.clone(), image.clone(), folder.to_owned());
+        Box::new(Reconnect { backend, image, bytes, generation, folder })
+    };
+    let mut disk = Disk::open_with(connector(SIZE, 1, &here));
+    disk.write(3, 7);
+    disk.flush();
+    let pid = Export::adopt(&here).unwrap().unwrap().owner().unwrap().unwrap();
+    // The same one serves further connections: it is too young to have hung.
+    drop(backend.reconnect(&image, SIZE, 1, &here).unwrap());
+    assert_eq!(Export::adopt(&here).unwrap().unwrap().owner().unwrap(), Some(pid));
+
+    // It dies: another one takes its place, with the same attachment.
+    kill(pid, Signal::SIGKILL).unwrap();
+    disk.write(4, 8);
+    disk.flush();
+    disk.holds(3, 7);
+    assert!(disk.seen.lost.load(Ordering::Relaxed) > 0);
+
+    // It grows; and it moves, after which the first host has no way back.
+    drop(backend.open(&image, 2 * SIZE, 1, &here).unwrap());
+    disk.volume.grow(2 * SIZE).unwrap();
+    disk.write(2 * SIZE / BLOCK as u64 - 1, 9);
+    disk.flush();
+    let mut moved = Disk::open_with(connector(2 * SIZE, 2, &there));
+    for (block, byte) in [(3, 7), (4, 8), (2 * SIZE / BLOCK as u64 - 1, 9)] {
+        moved.holds(block, byte);
+    }
+    let late = backend.open(&image, 2 * SIZE, 1, &here).unwrap_err();
+    assert!(matches!(late, DriverError::Fenced { ours: 1, theirs: 2, .. }), "{late}");
+    drop(moved);
+    hearth_driver::close(&there, 1).unwrap();
+    assert!(Export::adopt(&there).unwrap().is_some(), "a later attachment uses it");
+    hearth_driver::close(&there, 2).unwrap();
+    assert!(Export::adopt(&there).unwrap().is_none() && !there.exists());
+    for _ in 0..2 {
+        backend.delete(&image, &there).unwrap();
+    }
+    assert!(!pool.list().unwrap().contains(&image.to_string()));
+    hearth_driver::close(&here, 1).unwrap();
 }

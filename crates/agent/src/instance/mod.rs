@@ -10,6 +10,7 @@
 //!   times without five good minutes in between the instance is reported as failed.
 //! - A power-off from inside is reported and not undone: the control plane applies the shutdown behaviour.
 
+mod network;
 mod restart;
 mod spec;
 mod start;

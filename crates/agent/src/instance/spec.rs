@@ -83,6 +83,10 @@ impl Spec {
         sorted.sort_by_key(|attached| attached.device_name != spec.root_device_name);
         let volumes: Vec<Attachment> = sorted.into_iter().map(attachment).collect::<Result<_, _>>()?;
         let at_root = spec.volumes.iter().any(|attached| attached.device_name == spec.root_device_name);
+        let root = volumes.first().filter(|_| at_root);
+        if root.is_some_and(|root| !root.volume.backend.is_empty()) {
+            return Err("volumes: a volume of a backend cannot be the root volume".to_owned());
+        }
         if let Some(bundle) = &spec.bundle_root {
             check_serial(&bundle.serial)?;
             if at_root || bundle.size_bytes == 0 {

@@ -13,12 +13,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::volumes::{Slot, open_for_vmm};
-use super::{Host, Spec};
+use super::{Attachment, Host, Spec, network};
 use crate::boot::{BootFilesError, ReadAt};
 use crate::instance_store::{self, InstanceStoreError};
 use crate::launch::{Backing, Disk, DiskLimits, LaunchError, LaunchSpec, LayeredBacking, Limits, Vmm};
 use crate::net::{Metadata, NicRequest};
-use crate::storage::{BundleRootError, Placed, VolumeDisk, VolumeError, make_root, open_root};
+use crate::storage::{BundleRootError, Connect, Placed, VolumeDisk, VolumeError, is_network, make_root, open_root};
 
 /// Bytes of console output that are kept.
 const CONSOLE_RING_BYTES: u64 = 256 << 10;
@@ -58,16 +58,21 @@ pub struct Started {
 
 /// Everything that a start has to wait for.
 pub struct Ready {
-    /// Volumes, the root first.
+    /// Volumes on this host, the root first.
     volumes: Vec<Placed>,
+    /// Volumes that backends keep.
+    network: Vec<Attachment>,
     /// The instance's turn.
     _turn: OwnedSemaphorePermit,
 }
 
 /// Waits for the volumes' bases and for the instance's turn. May be given up at any time.
 pub async fn ready(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Ready, StartError> {
+    let attached = spec.volumes.iter().filter(|attachment| attachment.detach == v1::DetachWish::Unspecified);
+    let (network, here): (Vec<_>, Vec<_>) = attached.partition(|attachment| is_network(&attachment.volume));
+    let network = network.into_iter().cloned().collect();
     let mut volumes = Vec::new();
-    for attachment in spec.volumes.iter().filter(|attachment| attachment.detach == v1::DetachWish::Unspecified) {
+    for attachment in here {
         volumes.push(host.volumes.place(&attachment.volume).await.map_err(|error| volume_failed(&error))?);
     }
     if let Some(bundle) = &spec.bundle_root {
@@ -77,7 +82,7 @@ pub async fn ready(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Rea
         return Err(StartError::Permanent(StateReason::new(StateReason::INTERNAL_ERROR, reason)));
     }
     let turn = host.starts.clone().acquire_owned().await;
-    Ok(Ready { volumes, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })
+    Ok(Ready { volumes, network, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })
 }
 
 /// Makes the root disk from its bundle.
@@ -120,11 +125,20 @@ pub async fn start(
     let (work_host, work_id, work_spec) = (host.clone(), id.clone(), spec.clone());
     host.step("before making disks").await;
     let runtime = tokio::runtime::Handle::current();
+    let Ready { volumes, network, _turn } = ready;
     let prepared =
-        tokio::task::spawn_blocking(move || prepare(&work_host, &work_id, &work_spec, &ready.volumes, runtime)).await;
-    let Prepared { boot, disks, slots, console_ring, console_start } =
+        tokio::task::spawn_blocking(move || prepare(&work_host, &work_id, &work_spec, &volumes, runtime)).await;
+    let Prepared { boot, mut disks, mut slots, console_ring, console_start } =
         prepared.map_err(|error| StartError::internal(format!("internal error: {error}")))??;
     host.step("after making disks").await;
+    for attachment in &network {
+        let opened = host.volumes.network().connect(&attachment.volume, Connect::First).await;
+        // It is the operator's to mend, and there is no other place for the instance.
+        let socket = opened.map_err(|error| StartError::Waiting(error.to_string()))?;
+        disks.push(network::disk(attachment.id.serial(), &attachment.volume, socket));
+        host.volumes.network().note_size(&attachment.volume);
+        slots.push(Slot::launched(attachment, &host.volumes));
+    }
     let metadata = metadata(host, id, spec, wire);
     let mut nics = Vec::new();
     for (nic, request) in spec.nics.iter().zip(&metadata.nics) {

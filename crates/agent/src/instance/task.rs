@@ -16,7 +16,7 @@ use super::{Host, Spec};
 use crate::instance_store::{self, InstanceStoreError};
 use crate::launch::{DiskControl, DiskEvents, Found, Vmm, VmmEnd, disk_queues};
 use crate::state::{Hold, InstanceRecord, Phase};
-use crate::storage::Running;
+use crate::storage::{Running, is_network};
 
 /// How often a guest that has not answered yet is looked at.
 const LOOK_FOR_ANSWER: Duration = Duration::from_secs(1);
@@ -419,7 +419,7 @@ impl InstanceTask {
             }
         };
         match &woken {
-            Woken::End(_) => self.no_vmm(),
+            Woken::End(_) => self.no_vmm().await,
             Woken::Disk(event) => {
                 self.slots.hear(event);
                 self.volumes_pending = true;
@@ -484,15 +484,27 @@ impl InstanceTask {
     }
 
     /// The VMM is gone, and with it all that it had open.
-    fn no_vmm(&mut self) {
+    async fn no_vmm(&mut self) {
         self.vmm = None;
         self.events = None;
         self.slots.end();
         self.host.snapshots.ended(&self.id);
+        self.close_network_volumes().await;
+    }
+
+    /// Ends what serves volumes of backends to a VMM that is gone.
+    async fn close_network_volumes(&self) {
+        let Ok(spec) = &self.spec else { return };
+        for attachment in spec.volumes.iter().filter(|attachment| is_network(&attachment.volume)) {
+            // The generation keeps a later attachment safe from what goes on here.
+            if let Err(error) = self.host.volumes.network().close(&attachment.volume).await {
+                tracing::warn!(instance = %self.id, volume = %attachment.id, %error, "what serves a volume");
+            }
+        }
     }
 
     async fn handle_end(&mut self, end: VmmEnd) {
-        self.no_vmm();
+        self.no_vmm().await;
         self.responded = false;
         if self.record.rebooting_to.is_some() || self.goal() != Goal::Run {
             return;
@@ -550,7 +562,7 @@ impl InstanceTask {
             vmm.kill().await;
             vmm.wait().await;
         }
-        self.no_vmm();
+        self.no_vmm().await;
     }
 
     /// Ends what runs, deletes what does not outlive a stop.
@@ -582,8 +594,9 @@ impl InstanceTask {
         .await
     }
 
-    /// Removes cgroup and sockets; goes on trying, since the next VMM needs both.
+    /// Removes cgroup and sockets, and what served volumes of backends; goes on trying, since the next VMM needs both.
     async fn clean_up(&mut self) {
+        self.close_network_volumes().await;
         let mut pause = Duration::from_millis(100);
         while let Err(error) = self.host.launcher.clean_up(&self.id).await {
             tracing::warn!(instance = %self.id, %error, "cleaning up after a VMM");

@@ -10,8 +10,9 @@ use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 
 use super::Attachment;
+use super::network::{self, Remote};
 use crate::launch::{Backing, Disk, DiskControl, DiskLimits, LayeredBacking};
-use crate::storage::{Base, HostVolumes, Placed, VolumeError};
+use crate::storage::{Base, HostVolumes, Placed, VolumeError, is_network};
 
 /// How long a guest may take to let go of a disk before it counts as busy.
 const BUSY_AFTER: Duration = Duration::from_secs(15);
@@ -22,7 +23,9 @@ const READ_AHEAD: u64 = 4;
 pub struct Slot {
     /// As it was attached.
     pub volume: v1::HostVolume,
-    serial: String,
+    pub(super) serial: String,
+    /// Its way to its server, when a backend keeps it.
+    pub(super) remote: Option<Remote>,
     base: Option<Arc<Base>>,
     /// Taken up from an earlier agent, and its base is not found yet.
     orphan: bool,
@@ -30,7 +33,7 @@ pub struct Slot {
     missed: Vec<u64>,
     /// Held so that the base tells of chunks that come.
     _listener: Option<Listener>,
-    state: ObservedAttachment,
+    pub(super) state: ObservedAttachment,
     asked: Option<Instant>,
     /// Number of the newest request that the guest was asked for.
     attempt: u32,
@@ -58,7 +61,7 @@ fn caller(serial: String, disks: Arc<dyn DiskControl>) -> Listener {
 }
 
 /// How fast a volume may be.
-fn limits(volume: &v1::HostVolume) -> DiskLimits {
+pub(super) fn limits(volume: &v1::HostVolume) -> DiskLimits {
     DiskLimits { iops: u64::from(volume.iops), bytes_per_second: u64::from(volume.throughput_mibps) << 20 }
 }
 
@@ -99,6 +102,7 @@ impl Slot {
         Self {
             volume,
             serial,
+            remote: None,
             base: None,
             orphan: false,
             missed: Vec::new(),
@@ -126,8 +130,16 @@ impl Slot {
             volume_id: self.volume.volume_id.clone(),
             attach_generation: self.volume.attach_generation,
             state: self.state.into(),
-            error: self.error.clone(),
-            impaired: self.impaired.clone(),
+            error: match &self.remote {
+                Some(remote) if self.error.is_empty() => remote.trouble.clone(),
+                _ => self.error.clone(),
+            },
+            impaired: match &self.remote {
+                Some(remote) if !self.impaired.is_empty() && !remote.trouble.is_empty() => {
+                    format!("{}: {}", self.impaired, remote.trouble)
+                }
+                _ => self.impaired.clone(),
+            },
             size_bytes: self.volume.size_bytes,
         }
     }
@@ -186,7 +198,12 @@ impl Slots {
             }
             // Its base may have to wait for the connection to the control plane; the guest has the disk all the same.
             let orphan = attachment.volume.base.is_some();
-            self.0.push(Slot { state: ObservedAttachment::Attached, orphan, ..Slot::detached(attachment) });
+            let mut slot = Slot { state: ObservedAttachment::Attached, orphan, ..Slot::detached(attachment) };
+            if let Some(remote) = remote_of(&attachment.volume, volumes) {
+                slot.volume = remote.as_seen(&attachment.volume);
+                slot.remote = Some(remote);
+            }
+            self.0.push(slot);
         }
         self.find_bases(volumes, disks).await;
     }
@@ -237,9 +254,19 @@ impl Slots {
         match event {
             Event::DiskDetached { serial, durable } => {
                 if let Some(slot) = self.of(serial) {
-                    slot.state = ObservedAttachment::Detached;
+                    let lost = match &mut slot.remote {
+                        // What serves it here has to end first.
+                        Some(remote) => {
+                            remote.released = true;
+                            "its server was not there: what was not flushed is lost"
+                        }
+                        None => {
+                            slot.state = ObservedAttachment::Detached;
+                            "the host's file system failed: not all of its writes are durable"
+                        }
+                    };
                     if !durable {
-                        "the host's file system failed: not all of its writes are durable".clone_into(&mut slot.error);
+                        lost.clone_into(&mut slot.error);
                     }
                 }
             }
@@ -261,6 +288,11 @@ impl Slots {
             Event::VolumeImpaired { serial, cause: why } => {
                 if let Some(slot) = self.of(serial) {
                     slot.impaired = cause(*why);
+                }
+            }
+            Event::ConnectVolume { serial } => {
+                if let Some(remote) = self.of(serial).and_then(|slot| slot.remote.as_mut()) {
+                    remote.wanted = true;
                 }
             }
             Event::VolumeRecovered { serial } => {
@@ -303,9 +335,18 @@ impl Slots {
                     self.0.retain(|slot| slot.serial != serial);
                     again = true;
                 }
+                Some(slot) if slot.remote.is_some() => {
+                    again |= network::follow(slot, attachment, disks.as_ref(), queues).await;
+                }
                 Some(slot) => again |= follow(slot, attachment, disks.as_ref()).await,
                 // Another root volume comes with the reboot that is wanted with it.
                 None if is_root(attachment) => {}
+                None if is_network(&attachment.volume) => {
+                    // One that is to go may have been let go of while no agent ran.
+                    let mut slot = Slot::network(attachment, volumes);
+                    again |= network::follow(&mut slot, attachment, disks.as_ref(), queues).await;
+                    self.0.push(slot);
+                }
                 None if attachment.detach == DetachWish::Unspecified => {
                     again |= self.attach(attachment, volumes, disks.as_ref(), queues).await;
                 }
@@ -345,13 +386,28 @@ impl Slots {
 }
 
 impl Slot {
+    /// A backend's volume that no VMM has yet.
+    pub(super) fn network(attachment: &Attachment, volumes: &HostVolumes) -> Self {
+        let remote = remote_of(&attachment.volume, volumes);
+        Self { remote, state: ObservedAttachment::Attaching, ..Self::detached(attachment) }
+    }
+
+    /// A backend's volume that a VMM was started with.
+    pub fn launched(attachment: &Attachment, volumes: &HostVolumes) -> Self {
+        Self { state: ObservedAttachment::Attached, ..Self::network(attachment, volumes) }
+    }
+
     fn detached(attachment: &Attachment) -> Self {
         Self::of(attachment.id.serial(), attachment.volume.clone(), ObservedAttachment::Detached)
     }
 }
 
+fn remote_of(volume: &v1::HostVolume, volumes: &HostVolumes) -> Option<Remote> {
+    is_network(volume).then(|| Remote::new(volumes.network()))
+}
+
 /// Brings one attached volume closer to its wish.
-async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn DiskControl) -> bool {
+pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn DiskControl) -> bool {
     if slot.state == ObservedAttachment::Detached {
         return false;
     }
@@ -375,7 +431,7 @@ async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn DiskContro
     }
     let wanted = &attachment.volume;
     let mut again = false;
-    if wanted.size_bytes > slot.volume.size_bytes {
+    if wanted.size_bytes > slot.volume.size_bytes && slot.remote.is_none() {
         match disks.resize(&slot.serial, wanted.size_bytes).await {
             Ok(()) => slot.volume.size_bytes = wanted.size_bytes,
             Err(error) => {

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use async_trait::async_trait;
 use hearth_block::VolumeFiles;
 pub use hearth_vmm::control::protocol::DiskLimits;
-use hearth_vmm::control::protocol::{BaseSpec, DiskBacking, DiskSpec, Event, FdIndex, LayeredSpec};
+use hearth_vmm::control::protocol::{BaseSpec, DiskBacking, DiskSpec, Event, FdIndex, LayeredSpec, NbdSpec};
 use tokio::sync::mpsc;
 
 use super::LaunchError;
@@ -30,6 +30,19 @@ pub enum Backing {
     Raw(File),
     /// An EBS volume.
     Layered(Box<LayeredBacking>),
+    /// An EBS volume that a backend keeps.
+    Nbd(NbdBacking),
+}
+
+/// An EBS volume that a backend keeps, connected for a VMM.
+#[derive(Debug)]
+pub struct NbdBacking {
+    /// A stream socket; its other end begins the NBD negotiation.
+    pub socket: OwnedFd,
+    /// Name of the export.
+    pub export: String,
+    /// How fast it may be.
+    pub limits: DiskLimits,
 }
 
 /// An EBS volume, opened for a VMM.
@@ -63,6 +76,8 @@ pub trait DiskControl: Send + Sync {
     async fn attach(&self, disk: Disk, queues: u16) -> Result<(), LaunchError>;
     /// Asks the guest to let go of a disk, or takes it away with `force`. An event tells when it is gone.
     async fn detach(&self, serial: &str, force: bool) -> Result<(), LaunchError>;
+    /// Passes a new connection for a disk that a backend keeps.
+    async fn connect(&self, serial: &str, socket: OwnedFd) -> Result<(), LaunchError>;
     /// Makes a disk larger.
     async fn resize(&self, serial: &str, bytes: u64) -> Result<(), LaunchError>;
     /// Makes a disk faster or slower.
@@ -94,6 +109,11 @@ impl Fds {
     pub fn disk(&mut self, disk: Disk, queues: u16) -> DiskSpec {
         let backing = match disk.backing {
             Backing::Raw(file) => DiskBacking::Raw { file: self.add(file) },
+            Backing::Nbd(nbd) => DiskBacking::Nbd(Box::new(NbdSpec {
+                socket: self.add(nbd.socket),
+                export: nbd.export,
+                limits: nbd.limits,
+            })),
             Backing::Layered(layered) => {
                 let VolumeFiles { data, map, base, key: _ } = layered.files;
                 DiskBacking::Layered(Box::new(LayeredSpec {

@@ -119,6 +119,10 @@ impl DiskControl for Disks {
         self.order(Command::DetachDisk { serial: serial.to_owned(), force }, Vec::new()).await
     }
 
+    async fn connect(&self, serial: &str, socket: OwnedFd) -> Result<(), LaunchError> {
+        self.order(Command::ConnectVolume { serial: serial.to_owned(), socket: 0 }, vec![socket]).await
+    }
+
     async fn resize(&self, serial: &str, bytes: u64) -> Result<(), LaunchError> {
         self.order(Command::ResizeDisk { serial: serial.to_owned(), bytes }, Vec::new()).await
     }

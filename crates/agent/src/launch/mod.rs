@@ -17,7 +17,7 @@ use hearth_types::InstanceId;
 use thiserror::Error;
 
 pub use cgroup::{CgroupError, Cgroups, Limits};
-pub use disks::{Backing, Disk, DiskControl, DiskEvents, DiskLimits, FreezeDisk, LayeredBacking};
+pub use disks::{Backing, Disk, DiskControl, DiskEvents, DiskLimits, FreezeDisk, LayeredBacking, NbdBacking};
 pub use kvm::{KvmLauncher, disk_queues};
 
 /// How a VMM process ended.

@@ -24,6 +24,7 @@ use hearth_types::{InstanceId, VolumeId};
 /// RUN/ID/control.sock               the VMM's control socket
 /// RUN/ID/console.sock               the VMM's console
 /// RUN/.staged                       which chunks are in the stages
+/// RUN/.network/ID/...               what serves a volume of a backend, see `storage::network`
 /// RUN/jail                          mount point of the VMMs' empty root
 /// ```
 #[derive(Clone, Debug)]
@@ -126,6 +127,16 @@ impl Layout {
     /// Folder of what is known of them; gone with the boot of the host.
     pub fn staged(&self) -> PathBuf {
         self.run.join(".staged")
+    }
+
+    /// Folder of what serves volumes of backends; gone with the boot of the host.
+    pub fn network(&self) -> PathBuf {
+        self.run.join(".network")
+    }
+
+    /// The same of one volume.
+    pub fn network_volume(&self, id: &VolumeId) -> PathBuf {
+        self.network().join(id.as_str())
     }
 
     /// Folder of the base with this root hash.

@@ -24,6 +24,7 @@ use tokio::time::sleep;
 
 use super::base::chunk_store;
 use super::frozen::{Frozen, freeze_live};
+use super::network::is_network;
 use super::volumes::{HostVolumes, Lineage, Placed};
 use crate::launch::DiskControl;
 use crate::reports::Reports;
@@ -262,6 +263,17 @@ impl Snapshots {
         leaving.insert(id, (generation, tokio::spawn(async move { this.depart(&volume, &desired).await })));
     }
 
+    /// At its backend, whichever host it is.
+    async fn make_or_delete(&self, volume: &v1::HostVolume, wish: v1::VolumeWish) -> Result<VolumeOutcome, String> {
+        let network = self.volumes.network();
+        let (done, outcome) = match wish {
+            v1::VolumeWish::Created => (network.create(volume).await, VolumeOutcome::Created),
+            v1::VolumeWish::Deleted => (network.delete(volume).await, VolumeOutcome::Gone),
+            other => return Err(format!("volume {}: {other:?} is nothing for a backend", volume.volume_id)),
+        };
+        done.map(|()| outcome).map_err(|error| error.to_string())
+    }
+
     async fn depart(&self, volume: &v1::HostVolume, desired: &v1::DesiredVolume) {
         let report = |outcome: VolumeOutcome, root: String, error: String| VolumeReport {
             volume_id: volume.volume_id.clone(),
@@ -270,6 +282,17 @@ impl Snapshots {
             root,
             error,
         };
+        let at_backend = |outcome, error| self.reports.publish_volume(report(outcome, String::new(), error));
+        while is_network(volume) {
+            match self.make_or_delete(volume, desired.wish()).await {
+                Ok(outcome) => return at_backend(outcome, String::new()),
+                Err(error) => {
+                    tracing::warn!(volume = volume.volume_id, error, "a volume's backend");
+                    at_backend(VolumeOutcome::Failed, error);
+                    sleep(PAUSE).await;
+                }
+            }
+        }
         loop {
             match self.try_depart(volume, desired).await {
                 Ok(Some(root)) => {

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::base::{Base, BaseError, Bases};
+use super::network::NetworkVolumes;
 use crate::boot::ReadAt;
 use crate::state::{Layout, read_if_exists, sync_dir, write_atomically};
 
@@ -151,6 +152,7 @@ impl Placed {
 pub struct HostVolumes {
     layout: Layout,
     bases: Arc<Bases>,
+    network: Arc<NetworkVolumes>,
 }
 
 impl HostVolumes {
@@ -163,7 +165,18 @@ impl HostVolumes {
                 std::fs::remove_dir_all(entry.path()).map_err(io_error("deleting", &entry.path()))?;
             }
         }
-        Ok(Self { layout, bases })
+        let network = Arc::new(NetworkVolumes::new(layout.clone(), Vec::new()));
+        Ok(Self { layout, bases, network })
+    }
+
+    /// The same with volumes that backends keep.
+    pub fn with_network(self, network: NetworkVolumes) -> Self {
+        Self { network: Arc::new(network), ..self }
+    }
+
+    /// Those.
+    pub fn network(&self) -> &Arc<NetworkVolumes> {
+        &self.network
     }
 
     /// Bases of the host.

@@ -156,6 +156,9 @@ pub struct CreateVolumeArgs {
     /// Encrypt its data at rest
     #[arg(long)]
     pub encrypted: bool,
+    /// Volume backend that keeps it, as the operator calls it [default: local, the hosts' own disks]
+    #[arg(long, value_name = "NAME")]
+    pub backend: Option<String>,
     /// Tag (several times)
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
     pub tags: Vec<types::Tag>,

@@ -96,6 +96,7 @@ async fn create(context: &Context, args: CreateVolumeArgs) -> Result<(), CliErro
         tags: named_tags(args.name.as_deref(), &args.tags),
         client_token: client_token(args.client_token)?,
         dry_run: args.dry_run,
+        backend: args.backend.unwrap_or_default(),
     };
     let mut volume = match client.unwrap(client.volumes().create_volume(request).await) {
         Err(error) if args.dry_run && error.is_passed_dry_run() => {

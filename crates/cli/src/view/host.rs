@@ -53,6 +53,7 @@ impl View for Host {
         "KERNEL",
         "ADDRESSES",
         "LABELS",
+        "VOLUME BACKENDS",
     ];
     const NARROW: usize = 7;
 
@@ -74,6 +75,7 @@ impl View for Host {
             self.kernel_version.clone(),
             self.instance_cidr.clone(),
             tags_cell(&self.labels, ""),
+            self.volume_backends.join(","),
         ]
     }
 
@@ -102,6 +104,7 @@ impl View for Host {
             "kernel_version": self.kernel_version,
             "boot_id": self.boot_id,
             "instance_cidr": self.instance_cidr,
+            "volume_backends": self.volume_backends,
             "labels": tags(&self.labels),
         })
     }

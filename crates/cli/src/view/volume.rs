@@ -46,6 +46,10 @@ fn limit(figure: u32) -> String {
     if figure == 0 { "no limit".to_owned() } else { figure.to_string() }
 }
 
+fn backend(volume: &Volume) -> String {
+    if volume.backend.is_empty() { "local".to_owned() } else { volume.backend.clone() }
+}
+
 fn yes_no(yes: bool) -> String {
     if yes { "yes" } else { "no" }.to_owned()
 }
@@ -67,6 +71,7 @@ impl View for Volume {
         "ZONE",
         "HOST",
         "ENCRYPTED",
+        "BACKEND",
         "TAGS",
     ];
     const NARROW: usize = 9;
@@ -89,6 +94,7 @@ impl View for Volume {
             self.availability_zone.clone(),
             self.host_id.clone(),
             yes_no(self.encrypted),
+            backend(self),
             tags_cell(&self.tags, "Name"),
         ]
     }
@@ -109,6 +115,7 @@ impl View for Volume {
             "encrypted": self.encrypted,
             "availability_zone": self.availability_zone,
             "host_id": self.host_id,
+            "backend": backend(self),
             "create_time": self.create_time,
             "attachments": self.attachments.iter().map(View::value).collect::<Vec<_>>(),
             "modification": self.modification.as_ref().map(View::value),

@@ -7,6 +7,7 @@ use hearth_store::Txn;
 use hearth_types::{InstanceState, SnapshotState};
 
 use crate::api_error::ApiResult;
+use crate::backends;
 use crate::core::{Core, encode};
 use crate::keys;
 use crate::life;
@@ -19,11 +20,12 @@ use crate::volumes;
 const BATCH: usize = 50;
 
 /// What is to be done with a volume; `None` = nothing now.
-fn next_step(tables: &Tables, volume: &Versioned<rec::VolumeSpec>) -> Option<Txn> {
+fn next_step(tables: &Tables, volume: &Versioned<rec::VolumeSpec>, is_up: &dyn Fn(&str) -> bool) -> Option<Txn> {
     let key = keys::volume(&volume.account_id, &volume.volume_id);
     let txn = Txn::new().compare_mod_revision(&key, volume.revision);
     let host_is_gone = !volume.host_id.is_empty() && tables.host(&volume.host_id).is_none();
-    if volume.deleting && (volume.host_id.is_empty() || host_is_gone) {
+    let is_local = backends::of(volume).is_empty();
+    if volume.deleting && is_local && (volume.host_id.is_empty() || host_is_gone) {
         return Some(txn.delete(&key));
     }
     let found = tables.instance(&volume.instance_id);
@@ -34,7 +36,10 @@ fn next_step(tables: &Tables, volume: &Versioned<rec::VolumeSpec>) -> Option<Txn
     if !volume.instance_id.is_empty() && !volume.deleting && ended {
         return Some(txn.put(&key, encode(&volumes::instance_ended(volume))));
     }
-    if host_is_gone && volume.error.is_empty() {
+    if !is_local && let Some(step) = backends::hand_over(tables, volume, is_up) {
+        return Some(step);
+    }
+    if host_is_gone && is_local && volume.error.is_empty() {
         return Some(txn.put(&key, encode(&volumes::lost(volume, "was removed"))));
     }
     // What replaces it has its place.
@@ -48,19 +53,20 @@ fn next_step(tables: &Tables, volume: &Versioned<rec::VolumeSpec>) -> Option<Txn
         instance.spec.iter().flat_map(|spec| &spec.volumes).any(|slot| volumes::id_of(slot) == volume.volume_id);
     // Its data has come from another host: now it can go to the instance.
     let movable = matches!(state, InstanceState::Running | InstanceState::Stopped);
-    let free = volume.host_id.is_empty() || volume.host_id == instance.host_id;
+    let free = volume.host_id.is_empty() || volume.host_id == instance.host_id || !is_local;
     (!there && !volume.releasing && free && movable).then(|| attach::place_txn(volume, (*volume.value).clone(), &found))
 }
 
 /// Lets volumes go on that waited.
 pub(crate) async fn advance(core: &Core) -> ApiResult<()> {
+    let is_up = |host: &str| core.live.is_up(host);
     loop {
         let steps: Vec<(String, Txn)> = {
             let tables = core.tables();
             let steps = tables
                 .volumes
                 .values()
-                .filter_map(|volume| Some((volume.volume_id.clone(), next_step(&tables, volume)?)));
+                .filter_map(|volume| Some((volume.volume_id.clone(), next_step(&tables, volume, &is_up)?)));
             steps.take(BATCH).collect()
         };
         if steps.is_empty() {

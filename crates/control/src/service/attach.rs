@@ -10,6 +10,7 @@ use super::Api;
 use super::instance::{self, Found};
 use super::volume::{find, wrong_state};
 use crate::api_error::{ApiError, ApiResult};
+use crate::backends;
 use crate::clock;
 use crate::core::encode;
 use crate::keys;
@@ -102,6 +103,21 @@ impl Api {
                     return Err(ApiError::new(tonic::Code::InvalidArgument, "InvalidVolume.ZoneMismatch", message));
                 }
                 let device = choose_device(tables, spec, &request.device)?;
+                let backend = backends::of(volume);
+                if !backend.is_empty() {
+                    let root = spec.spec.as_ref().map_or("", |spec| spec.root_device_name.as_str());
+                    if device == root {
+                        backends::must_be_local(volume, "a root volume")?;
+                    }
+                    if !backends::offers(tables, &spec.host_id, backend) {
+                        let message = format!(
+                            "volume {} is kept by volume backend '{backend}', which the host of instance {} does not have",
+                            volume.volume_id, spec.instance_id
+                        );
+                        let error = ApiError::wrong_state("UnsupportedOperation", message);
+                        return Err(error.with("volume_id", &volume.volume_id).with("instance_id", &spec.instance_id));
+                    }
+                }
                 let mut wanted = volumes::want_attached(
                     volume,
                     &spec.instance_id,
@@ -109,7 +125,8 @@ impl Api {
                     request.delete_on_termination,
                     clock::now_ms(),
                 );
-                if !volume.releasing && (volume.host_id.is_empty() || volume.host_id == spec.host_id) {
+                let free = volume.host_id.is_empty() || volume.host_id == spec.host_id || !backend.is_empty();
+                if !volume.releasing && free {
                     return Ok((Some(place_txn(volume, wanted, &found)), ()));
                 }
                 // Its data is on another host, which uploads it first; the volumes' reconciler does the rest. An upload that an

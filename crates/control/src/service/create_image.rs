@@ -347,7 +347,11 @@ fn check_own(
     }
     for (mapping, ebs) in merged.iter().filter_map(|mapping| Some((mapping, mapping.ebs.as_ref()?))) {
         let slot = agent_spec.volumes.iter().find(|slot| slot.device_name == mapping.device_name);
-        let attached = slot.and_then(|slot| slot.volume.as_ref()).map(|volume| volume.size_bytes);
+        let volume = slot.and_then(|slot| slot.volume.as_ref());
+        if volume.is_some_and(|volume| !volume.backend.is_empty()) {
+            return refuse(mapping, "its volume is kept by a volume backend and cannot be snapshotted; leave it out");
+        }
+        let attached = volume.map(|volume| volume.size_bytes);
         let least = match (attached, ebs.snapshot_id.as_str()) {
             (Some(_), id) if !id.is_empty() => return refuse(mapping, "a snapshot of the attached volume is made"),
             (Some(bytes), _) => bytes,

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 use super::{Api, enroll};
 use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
+use crate::backends;
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode};
@@ -42,6 +43,7 @@ fn view(core: &Core, spec: &rec::HostSpec, status: Option<&rec::HostStatus>) -> 
         instance_cidr: status.instance_cidr,
         labels: status.labels,
         boot_id: status.boot_id,
+        volume_backends: status.volume_backends,
         ..Default::default()
     }
 }
@@ -156,7 +158,7 @@ impl Api {
                 }
                 let data = tables.volumes_on.get(&host).into_iter().flatten();
                 let kept: Vec<&str> = data
-                    .filter(|id| tables.volumes.get(*id).is_some_and(|volume| !volume.deleting))
+                    .filter(|id| tables.volumes.get(*id).is_some_and(|volume| !volume.deleting && backends::of(volume).is_empty()))
                     .map(String::as_str)
                     .collect();
                 if !kept.is_empty() && !request.force {

@@ -36,6 +36,8 @@ const PARALLEL_REPORTS: usize = 32;
 /// Most instances in a full report.
 const MAX_INSTANCES: usize = 20_000;
 const MAX_TEXT_CHARS: usize = 255;
+/// Most volume backends of a host.
+const MAX_BACKENDS: usize = 64;
 /// Messages on the way to an agent.
 const OUT_QUEUE: usize = 16;
 
@@ -106,6 +108,10 @@ fn check_hello(core: &Core, host: &str, hello: &v1::AgentHello) -> ApiResult<()>
     for (field, text) in texts {
         check::text(field, text, MAX_TEXT_CHARS)?;
     }
+    if hello.volume_backends.len() > MAX_BACKENDS {
+        return Err(ApiError::invalid("volume_backends", format!("has more than {MAX_BACKENDS} names")));
+    }
+    hello.volume_backends.iter().try_for_each(|name| check::text("volume_backends", name, MAX_TEXT_CHARS))?;
     if hello.boot_id.is_empty() {
         return Err(ApiError::missing("boot_id"));
     }
@@ -133,6 +139,7 @@ async fn write_hello(core: &Core, host: &str, hello: &v1::AgentHello, end: &Canc
         availability_zone: hello.availability_zone.clone(),
         instance_cidr: hello.instance_cidr.clone(),
         labels: hello.labels.clone(),
+        volume_backends: hello.volume_backends.clone(),
     };
     if let Some((_, Some(known))) = core.tables().host(host) {
         if known.boot_id != hello.boot_id {
@@ -265,7 +272,7 @@ struct Sender {
     sent_bundles: HashSet<String>,
 }
 
-/// Volumes that are to leave a host.
+/// Volumes that are to leave a host, or to be made at their backend.
 fn leaving<'a>(tables: &'a Tables, host: &str) -> impl Iterator<Item = &'a rec::VolumeSpec> {
     // What is being uploaded of a volume is read from its files.
     let pending =
@@ -275,9 +282,9 @@ fn leaving<'a>(tables: &'a Tables, host: &str) -> impl Iterator<Item = &'a rec::
         .map(|spec| spec.volume_id.as_str())
         .collect();
     let here = tables.volumes_on.get(host).into_iter().flatten();
-    here.filter_map(|id| tables.volumes.get(id))
-        .map(|spec| &*spec.value)
-        .filter(move |spec| (spec.deleting || spec.releasing) && !needed.contains(spec.volume_id.as_str()))
+    here.filter_map(|id| tables.volumes.get(id)).map(|spec| &*spec.value).filter(move |spec| {
+        (spec.deleting || spec.releasing || spec.creating) && !needed.contains(spec.volume_id.as_str())
+    })
 }
 
 /// Snapshots that a host makes, by set.

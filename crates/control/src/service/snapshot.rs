@@ -17,6 +17,7 @@ use super::idempotency::ClientToken;
 use super::{Api, detached, instance, volume, watch};
 use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
+use crate::backends;
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode};
@@ -212,6 +213,7 @@ fn check_volume(tables: &Tables, core: &Core, spec: &rec::VolumeSpec) -> ApiResu
     if !matches!(volumes::state_of(spec), VolumeState::Available | VolumeState::InUse) {
         return Err(volume::wrong_state(spec, "snapshotted"));
     }
+    backends::must_be_local(spec, "snapshotted")?;
     if spec.releasing {
         let message = format!("volume {} is on its way to another host; try again when it is there", spec.volume_id);
         return Err(ApiError::wrong_state("IncorrectState", message).with("volume_id", &spec.volume_id));

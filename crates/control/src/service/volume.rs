@@ -15,6 +15,7 @@ use super::idempotency::ClientToken;
 use super::{Api, snapshot, watch};
 use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
+use crate::backends;
 use crate::check;
 use crate::clock;
 use crate::core::{Commit, encode};
@@ -24,7 +25,7 @@ use crate::storage;
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 use crate::volumes;
 
-const FILTERS: [&str; 16] = [
+const FILTERS: [&str; 17] = [
     "volume-id",
     "snapshot-id",
     "size",
@@ -34,6 +35,7 @@ const FILTERS: [&str; 16] = [
     "encrypted",
     "create-time",
     "host-id",
+    "backend",
     "attachment.instance-id",
     "attachment.device",
     "attachment.status",
@@ -135,6 +137,7 @@ pub(crate) fn new_record(
             iops: shape.iops,
             throughput_mibps: shape.throughput_mibps,
             data_key: bytes::Bytes::new(),
+            backend: String::new(),
         }),
         volume_type: shape.kind.name().to_owned(),
         created_ms: now_ms,
@@ -156,6 +159,7 @@ fn filter_values<'a>(volume: &'a v1::Volume, name: &str) -> Vec<Cow<'a, str>> {
         "encrypted" => vec![volume.encrypted.to_string().into()],
         "create-time" => one(&volume.create_time),
         "host-id" => one(&volume.host_id),
+        "backend" => one(if volume.backend.is_empty() { "local" } else { &volume.backend }),
         "attachment.instance-id" => of_attachments(&|attachment| attachment.instance_id.as_str().into()),
         "attachment.device" => of_attachments(&|attachment| attachment.device.as_str().into()),
         "attachment.status" => of_attachments(&|attachment| attachment_name(attachment.state()).into()),
@@ -241,6 +245,20 @@ impl Api {
         spec.availability_zone = storage::zone(tables, &request.availability_zone)?;
         spec.tags.clone_from(&request.tags);
         spec.client_token = token_text.to_owned();
+        let is_up = |host: &str| self.core.live.is_up(host);
+        let (backend, host) = backends::choose(tables, &request.backend, &spec.availability_zone, &is_up)?;
+        if !backend.is_empty() {
+            if !request.snapshot_id.is_empty() || request.encrypted {
+                let message =
+                    format!("volumes of volume backend '{backend}' begin blank, and are not encrypted by hearth");
+                return Err(ApiError::wrong_state("UnsupportedOperation", message));
+            }
+            spec.volume.get_or_insert_default().backend = backend;
+            // That host makes it there.
+            spec.creating = true;
+            spec.host_id = host;
+            spec.generation = 1;
+        }
         if request.encrypted {
             return Err(ApiError::invalid("encrypted", "encrypted volumes are not offered yet"));
         }
@@ -294,6 +312,7 @@ impl Api {
                 let txn = Txn::new().compare_mod_revision(&key, spec.revision);
                 // Where nothing of it is, there is nothing to wait for.
                 let nowhere = spec.host_id.is_empty() || tables.host(&spec.host_id).is_none();
+                let nowhere = nowhere && backends::of(spec).is_empty();
                 Ok((Some(if nowhere { txn.delete(&key) } else { txn.put(&key, encode(&new)) }), ()))
             })
             .await

@@ -64,6 +64,17 @@ pub(crate) async fn apply_volume(core: &Arc<Core>, host: &str, report: v1::Volum
                 };
                 Ok((Some(txn.put(&key, encode(&new))), ()))
             }
+            v1::VolumeOutcome::Created if spec.creating => {
+                tracing::info!(volume = spec.volume_id, host, "volume made at its backend");
+                let new = rec::VolumeSpec { creating: false, ..(*spec.value).clone() };
+                Ok((Some(txn.put(&key, encode(&new))), ()))
+            }
+            v1::VolumeOutcome::Failed if spec.creating => {
+                let error: String = report.error.chars().take(MAX_TEXT_CHARS).collect();
+                tracing::warn!(volume = spec.volume_id, host, error, "the volume cannot be made");
+                let new = rec::VolumeSpec { creating: false, error, ..(*spec.value).clone() };
+                Ok((Some(txn.put(&key, encode(&new))), ()))
+            }
             v1::VolumeOutcome::Failed => {
                 let error: String = report.error.chars().take(MAX_TEXT_CHARS).collect();
                 tracing::warn!(volume = spec.volume_id, host, error, "the volume cannot leave its host yet");

@@ -49,6 +49,8 @@ pub struct Manners {
     pub keep_volumes: bool,
     /// Say that there is nothing of volumes that are to leave; the first of them may have been uploaded before.
     pub forget_volumes: Option<Forget>,
+    /// Volumes cannot be made at backends, for this reason.
+    pub refuse_volumes: Option<String>,
     /// How far snapshots get.
     pub snapshots: Snapshots,
     /// How far bundles get.
@@ -373,6 +375,12 @@ impl FakeAgent {
                 };
                 if forget == Some(Forget::Lost) {
                     report.set_outcome(v1::VolumeOutcome::Gone);
+                } else if desired.wish() == v1::VolumeWish::Created {
+                    report.error = self.memory.lock().manners.refuse_volumes.clone().unwrap_or_default();
+                    report.set_outcome(match report.error.is_empty() {
+                        true => v1::VolumeOutcome::Created,
+                        false => v1::VolumeOutcome::Failed,
+                    });
                 } else if desired.wish() == v1::VolumeWish::Released {
                     let domain = desired.key_domain.clone().unwrap();
                     let parent = desired.parent.as_ref();

@@ -10,6 +10,7 @@ mod access;
 mod agents;
 mod amis;
 mod attributes;
+mod backends;
 mod bundles;
 mod crash;
 mod hostile;

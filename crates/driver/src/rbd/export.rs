@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -136,6 +136,11 @@ impl Export {
         Ok(self.owner()?.is_some())
     }
 
+    /// When the daemon was started, by this host's clock; `None` when that cannot be told.
+    pub fn started(&self) -> Option<SystemTime> {
+        fs::metadata(self.folder.join(PID_FILE)).and_then(|file| file.modified()).ok()
+    }
+
     /// The daemon's process. It holds a lock on its pid file for as long as it lives: a number that was used again is not taken for it.
     pub fn owner(&self) -> Result<Option<Pid>, DriverError> {
         let path = self.folder.join(PID_FILE);
@@ -161,6 +166,14 @@ impl Export {
         let path = self.folder.join(SOCKET);
         let stream = UnixStream::connect(&path).map_err(DriverError::io(format!("connect to {}", path.display())))?;
         Ok(stream.into())
+    }
+
+    /// Lets the daemon go on by itself. A process of this one's that ends is not left behind as a zombie.
+    pub fn leave(mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Without a thread it is one, until this process ends.
+            let _ = std::thread::Builder::new().name("storage daemon".to_owned()).spawn(move || child.wait());
+        }
     }
 
     /// Ends the daemon: it flushes, if the cluster lets it. Does nothing when none runs.

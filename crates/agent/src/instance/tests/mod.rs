@@ -2,6 +2,7 @@
 
 mod crash;
 mod life;
+mod network;
 pub(crate) mod world;
 
 pub use world::{CrashPoint, spec};

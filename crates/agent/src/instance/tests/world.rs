@@ -167,6 +167,7 @@ impl VmmLauncher for Launcher {
                 let file = match &disk.backing {
                     Backing::Raw(file) => file,
                     Backing::Layered(layered) => &layered.files.data,
+                    Backing::Nbd(_) => continue,
                 };
                 if file.metadata().unwrap().len() == 0 {
                     table.violations.push(format!("an empty disk of {id}"));
@@ -265,6 +266,9 @@ impl DiskControl for Obedient {
         Ok(())
     }
     async fn detach(&self, _: &str, _: bool) -> Result<(), LaunchError> {
+        Ok(())
+    }
+    async fn connect(&self, _: &str, _: OwnedFd) -> Result<(), LaunchError> {
         Ok(())
     }
     async fn resize(&self, _: &str, _: u64) -> Result<(), LaunchError> {
