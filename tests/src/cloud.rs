@@ -157,14 +157,19 @@ impl Cloud {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
     }
 
+    /// Folder of what ends with the host's boot.
+    pub fn run_dir(&self, host: usize) -> PathBuf {
+        format!("/run/{}-{host}", self.cgroup).into()
+    }
+
     fn agent_flags(&self, host: usize) -> Vec<String> {
         let base = 300_000 + (std::process::id() % 1000) * 1000 + host as u32 * 100;
-        let run = format!("/run/{}-{host}", self.cgroup);
+        let run = self.run_dir(host);
         let vmm = program("hearth-vmm");
         let cidr = format!("172.30.{}.0/24", host + 1);
         [
             ("--config", self.path("agent.toml").to_str().unwrap()),
-            ("--run-dir", run.as_str()),
+            ("--run-dir", run.to_str().unwrap()),
             ("--vmm", vmm.to_str().unwrap()),
             ("--cgroup-parent", &format!("{}-{host}", self.cgroup)),
             ("--uid-base", &base.to_string()),

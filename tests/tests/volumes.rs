@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hearth_tests::cloud::{Cloud, Shape, wait_until};
@@ -154,6 +155,15 @@ fn a_volume_moves_to_another_host_with_what_was_written() {
     }
     cloud.hearth(&["volume", "detach", "data", "--yes", "--wait"]);
     cloud.hearth(&["host", "drain", &first_host]);
+    // The other host has all of the image before anything is launched there.
+    let image = describe(&cloud, "image", "tiny");
+    let snapshot = image["block_device_mappings"][0]["snapshot_id"].as_str().unwrap_or_else(|| panic!("{image:#}"));
+    let hosts = cloud.json(&["host", "list"]);
+    let names = hosts.as_array().unwrap().iter().filter(|host| host["host_id"] != *first_host);
+    let name = names.map(|host| host["name"].as_str().unwrap()).next().unwrap();
+    cloud.hearth(&["snapshot", "fast-restore", "enable", snapshot, "--host", name, "--wait"]);
+    let restored = cloud.json(&["snapshot", "fast-restore", "list", snapshot]);
+    assert_eq!((&restored[0]["state"], &restored[0]["progress"]), (&"enabled".into(), &100.into()), "{restored:#}");
     let mut other = run(&cloud, "tiny", "b");
     assert_ne!(cloud.instance("b")["host_id"], *first_host);
     cloud.hearth(&["volume", "attach", "data", "b", "--wait"]);
@@ -265,5 +275,96 @@ fn what_a_guest_has_flushed_outlives_killed_vmms_and_agents() {
     assert_eq!((sum(&mut guest, &device, 1), sum(&mut guest, &device, 20)), (before, without));
     cloud.hearth(&["storage", "verify"]);
     cloud.hearth(&["instance", "terminate", "a", "--yes", "--wait"]);
+    cloud.assert_nothing_left();
+}
+
+/// Files below a folder, holes left out, in which this word stands on many lines.
+fn files_with_lines_of(folder: &Path, word: &str) -> Vec<PathBuf> {
+    use std::os::unix::fs::FileExt;
+    let pattern = format!("{word}\n").repeat(4).into_bytes();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            found.extend(files_with_lines_of(&entry.path(), word));
+        } else if kind.is_file() {
+            let file = std::fs::File::open(entry.path()).unwrap();
+            let (size, mut at) = (file.metadata().unwrap().len(), 0);
+            while at < size {
+                at = match nix::unistd::lseek(&file, at as i64, nix::unistd::Whence::SeekData) {
+                    Ok(data) => data as u64,
+                    Err(_) => break,
+                };
+                let mut piece = vec![0; (size - at).min(1 << 20) as usize];
+                file.read_exact_at(&mut piece, at).unwrap();
+                if piece.windows(pattern.len()).any(|part| part == pattern) {
+                    found.push(entry.path());
+                    break;
+                }
+                at += piece.len() as u64;
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn an_encrypted_volume_is_nowhere_in_clear() {
+    let mut cloud = Cloud::start(Shape::Hosts(2));
+    cloud.import_tiny();
+    cloud.hearth(&["image", "copy", "tiny", "--name", "sealed", "--encrypted", "--wait"]);
+    let data = volume(&cloud, "data", &["--size", "1G", "--encrypted"]);
+    let open = volume(&cloud, "open", &["--size", "1G"]);
+    cloud.hearth(&["instance", "run", "sealed", "--type", "h1.tiny", "--name", "a", "--wait"]);
+    let host = cloud.instance("a")["host_id"].as_str().unwrap().to_owned();
+    let number = usize::from(cloud.json(&["host", "list"])[1]["host_id"] == *host);
+    let mut guest = shell(&cloud, "a");
+    for name in ["data", "open"] {
+        cloud.hearth(&["volume", "attach", name, "a", "--wait"]);
+    }
+    let device = disk(&mut guest, &data);
+    let secret = fill(&mut guest, &device, 5, "confidential");
+    guest.run("yes confidential | head -c 1000000 > /root/file; sync");
+    let in_clear = disk(&mut guest, &open);
+    fill(&mut guest, &in_clear, 5, "printed");
+
+    // Another agent takes over, as after a boot of its host without the keys: they come with the session.
+    cloud.kill_agent(number);
+    drop(guest);
+    std::fs::remove_file(cloud.run_dir(number).join(".keys")).unwrap();
+    cloud.start_agent(number);
+    cloud.wait_for_hosts(2);
+    let mut guest = shell(&cloud, "a");
+    assert_eq!(sum(&mut guest, &device, 5), secret);
+
+    // Its snapshot, and a volume of that.
+    cloud.hearth(&["snapshot", "create", "data", "--name", "s", "--wait"]);
+    assert_eq!(describe(&cloud, "snapshot", "s")["encrypted"], true);
+    let copy = volume(&cloud, "copy", &["--snapshot", "s"]);
+    assert_eq!(describe(&cloud, "volume", "copy")["encrypted"], true);
+    cloud.hearth(&["volume", "attach", "copy", "a", "--wait"]);
+    let copied = disk(&mut guest, &copy);
+    assert_eq!(sum(&mut guest, &copied, 5), secret);
+    fill(&mut guest, &copied, 9, "confidential");
+
+    // Stopped and started again, and moved to another host.
+    cloud.hearth(&["volume", "detach", "data", "--yes", "--wait"]);
+    drop(guest);
+    cloud.hearth(&["instance", "stop", "a", "--wait"]);
+    cloud.hearth(&["instance", "start", "a", "--wait"]);
+    let mut guest = shell(&cloud, "a");
+    assert_eq!(guest.run("sort -u /root/file | head -n 1"), "confidential");
+    cloud.hearth(&["host", "drain", &host]);
+    let mut other = run(&cloud, "sealed", "b");
+    cloud.hearth(&["volume", "attach", "data", "b", "--wait"]);
+    let device = disk(&mut other, &data);
+    assert_eq!(sum(&mut other, &device, 5), secret);
+
+    // A search that finds what is in clear finds nothing of it.
+    guest.run("sync");
+    assert_ne!(files_with_lines_of(&cloud.path(""), "printed"), Vec::<PathBuf>::new());
+    assert_eq!(files_with_lines_of(&cloud.path(""), "confidential"), Vec::<PathBuf>::new());
+    cloud.hearth(&["storage", "verify"]);
+    cloud.hearth(&["instance", "terminate", "a", "b", "--yes", "--wait"]);
     cloud.assert_nothing_left();
 }

@@ -71,4 +71,28 @@ mod tests {
         }
         assert!(open(&disk).is_err());
     }
+
+    /// Whoever has the host's disk next sees nothing of it.
+    #[test]
+    fn a_new_disk_shows_nothing_of_the_one_before() {
+        use std::os::unix::fs::FileExt;
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("ephemeral0.raw");
+        for bytes in [1 << 20, 1 << 20, 2 << 20] {
+            create(&disk, bytes).unwrap();
+            let file = open(&disk).unwrap();
+            let mut content = vec![1; bytes as usize];
+            file.read_exact_at(&mut content, 0).unwrap();
+            assert!(content.iter().all(|byte| *byte == 0));
+            file.write_all_at(&vec![0xAA; bytes as usize], 0).unwrap();
+            // The last one is only made anew with another size, as after a change of the instance's type.
+            if bytes == 1 << 20 {
+                delete(&disk).unwrap();
+            }
+        }
+        create(&disk, 1 << 20).unwrap();
+        let mut content = vec![1; 1 << 20];
+        open(&disk).unwrap().read_exact_at(&mut content, 0).unwrap();
+        assert!(content.iter().all(|byte| *byte == 0));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use hearth_proto::v1::{BundleReport, FullReport, InstanceReport, Progress, SnapshotReport, VolumeReport};
+use hearth_proto::v1::{BundleReport, FillReport, FullReport, InstanceReport, Progress, SnapshotReport, VolumeReport};
 use hearth_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -21,6 +21,8 @@ struct Inner {
     volumes: HashMap<String, (u64, VolumeReport)>,
     snapshots: HashMap<String, (u64, SnapshotReport)>,
     bundles: HashMap<String, (u64, BundleReport)>,
+    /// The newest of each snapshot that this host is to have whole.
+    fills: HashMap<String, (u64, FillReport)>,
 }
 
 /// A report of any kind.
@@ -33,6 +35,8 @@ pub enum AnyReport {
     Snapshot(SnapshotReport),
     /// Of a bundle that is made here.
     Bundle(BundleReport),
+    /// Of a snapshot that this host is to have whole.
+    Fill(FillReport),
 }
 
 impl Default for Reports {
@@ -118,6 +122,23 @@ impl Reports {
         self.inner.lock().bundles.retain(|id, _| wanted(id));
     }
 
+    /// Puts a report in the place of the older one of the same snapshot, if it says anything new.
+    pub fn publish_fill(&self, report: FillReport) {
+        let mut inner = self.inner.lock();
+        if inner.fills.get(&report.snapshot_id).is_some_and(|(_, old)| *old == report) {
+            return;
+        }
+        inner.sequence += 1;
+        let number = inner.sequence;
+        inner.fills.insert(report.snapshot_id.clone(), (number, report));
+        self.changed.send_replace(number);
+    }
+
+    /// Forgets snapshots that this host need not have any more.
+    pub fn forget_fills(&self, wanted: impl Fn(&str) -> bool) {
+        self.inner.lock().fills.retain(|id, _| wanted(id));
+    }
+
     /// Forgets volumes and snapshots that the control plane does not ask about any more.
     pub fn forget_others(&self, volumes: impl Fn(&str) -> bool, snapshots: impl Fn(&str) -> bool) {
         let mut inner = self.inner.lock();
@@ -138,6 +159,7 @@ impl Reports {
             inner.snapshots.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Snapshot(r.clone()))),
         );
         reports.extend(inner.bundles.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Bundle(r.clone()))));
+        reports.extend(inner.fills.values().filter(|(n, _)| new(n)).map(|(n, r)| (*n, AnyReport::Fill(r.clone()))));
         reports.sort_by_key(|(number, _)| *number);
         let last = reports.last().map_or(sent, |(number, _)| *number);
         (last, reports.into_iter().map(|(_, report)| report).collect())
@@ -150,7 +172,8 @@ impl Reports {
         instances.sort_by_key(|report| report.sequence);
         let volumes = inner.volumes.values().map(|(_, report)| report.clone()).collect();
         let snapshots = inner.snapshots.values().map(|(_, report)| report.clone()).collect();
-        FullReport { sequence: inner.sequence, instances, volumes, snapshots }
+        let fills = inner.fills.values().map(|(_, report)| report.clone()).collect();
+        FullReport { sequence: inner.sequence, instances, volumes, snapshots, fills }
     }
 
     /// Tells of new reports: the number of the newest.

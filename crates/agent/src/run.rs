@@ -26,7 +26,7 @@ use crate::link::{
 };
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{Bases, HostVolumes, NetworkVolumes, RemoteObjects, Snapshots};
+use crate::storage::{Bases, Fills, HostVolumes, Keyring, NetworkVolumes, RemoteObjects, Snapshots};
 use crate::supervisor::Supervisor;
 
 /// A session this long clears the past.
@@ -67,13 +67,15 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         Some(objects) => objects.clone(),
         None => Arc::new(RemoteObjects(link.clone())),
     };
-    let bases = Arc::new(Bases::new(layout.clone(), objects, boot_id(), config.background_fill));
+    let keyring = Arc::new(Keyring::open(&layout));
+    let bases = Arc::new(Bases::new(layout.clone(), objects, keyring, boot_id(), config.background_fill));
     let network_volumes = NetworkVolumes::new(layout.clone(), backends(&config)?);
     let names = network_volumes.names();
     let volumes = Arc::new(HostVolumes::new(layout.clone(), bases)?.with_network(network_volumes));
     let reports = Arc::new(Reports::default());
     let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone());
     let snapshots = Arc::new(snapshots.map_err(AgentError::file("tidying", &layout.stages()))?);
+    let fills = Fills::new(volumes.bases().clone(), reports.clone());
     let starts = (calibration.threads as usize).clamp(2, 16);
     let host = Arc::new(Host {
         layout: layout.clone(),
@@ -81,6 +83,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         network,
         volumes,
         snapshots,
+        fills,
         boot: Arc::new(boot),
         admission: Admission::new(capacity, config.vcpu_overcommit_percent),
         calibration,

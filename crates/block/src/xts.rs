@@ -32,6 +32,21 @@ impl XtsKey {
     fn halves(&self) -> (&[u8], &[u8]) {
         self.0.split_at(32)
     }
+
+    /// The material, for a process that is to have it: data key then tweak key.
+    pub fn material(&self) -> Zeroizing<[u8; 64]> {
+        self.0.clone()
+    }
+
+    /// Encrypts whole data units in place; `offset` is the first one's place on the volume in bytes.
+    pub fn encrypt(&self, bytes: &mut [u8], offset: u64) {
+        Xts::new(self).encrypt(bytes, offset);
+    }
+
+    /// Decrypts whole data units in place, leaving units of zeros alone.
+    pub fn decrypt(&self, bytes: &mut [u8], offset: u64) {
+        Xts::new(self).decrypt(bytes, offset);
+    }
 }
 
 impl fmt::Debug for XtsKey {

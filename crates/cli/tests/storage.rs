@@ -391,3 +391,31 @@ async fn operators_look_after_the_object_store() {
     assert!(said.out.starts_with("chunks/ab: missing") && said.err.contains("1 object"), "{said:?}");
     assert_eq!(bed.state().storage.verified, [snapshot_id(1)]);
 }
+
+#[tokio::test]
+async fn fast_restore_is_followed_until_every_host_has_everything() {
+    let bed = Bed::new().await;
+    bed.state().storage.snapshots = vec![snapshot(5, "golden", SnapshotState::Completed)];
+    bed.state().storage.fast_restore_percents = [0, 40].into();
+    let said = bed.run(&["snapshot", "fast-restore", "enable", "golden", "--host", "a", "--host", "b", "--wait"]).await;
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.err.contains("optimizing") && said.err.contains("enabled"), "{}", said.err);
+    assert_eq!(said.out.matches("enabled").count(), 2, "{}", said.out);
+    let asked = bed.state().storage.fast_restores[0].clone();
+    assert_eq!((asked.snapshot_ids, asked.hosts), (vec![snapshot_id(5)], vec!["a".to_owned(), "b".to_owned()]));
+    let said = bed.run(&["snapshot", "fast-restore", "ls", "golden", "-o", "json"]).await;
+    let listed: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((&listed[1]["host_name"], &listed[1]["progress"]), (&"b".into(), &100.into()));
+    let said = bed.run(&["snapshot", "fast-restore", "disable", "golden"]).await;
+    assert_eq!((said.code, bed.state().storage.fast_restores.len()), (0, 0), "{said:?}");
+}
+
+#[tokio::test]
+async fn a_copy_is_encrypted_when_that_is_asked_for() {
+    let bed = Bed::new().await;
+    bed.state().storage.snapshots = vec![snapshot(5, "golden", SnapshotState::Completed)];
+    assert_eq!(bed.run(&["snapshot", "copy", "golden"]).await.code, 0);
+    assert_eq!(bed.run(&["snapshot", "copy", "golden", "--encrypted"]).await.code, 0);
+    let asked: Vec<bool> = bed.state().storage.copies.iter().map(|copy| copy.encrypted).collect();
+    assert_eq!(asked, [false, true]);
+}

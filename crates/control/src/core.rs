@@ -19,6 +19,7 @@ use crate::error::ControlError;
 use crate::live::Live;
 use crate::pki::Pki;
 use crate::placement::Placement;
+use crate::service::fast_restore::Fills;
 use crate::service::idempotency::TokenLocks;
 use crate::service::task::Jobs;
 use crate::storage::Storage;
@@ -46,6 +47,8 @@ pub(crate) struct Core {
     pub catalogue: Catalogue,
     pub pki: Pki,
     pub live: Live,
+    /// What hosts have of snapshots that they are to have whole.
+    pub fills: Fills,
     pub consoles: Consoles,
     pub token_locks: TokenLocks,
     pub storage: Storage,
@@ -106,6 +109,7 @@ impl Core {
             tasks: TaskTracker::new(),
             reconcile: Notify::new(),
             live,
+            fills: Fills::default(),
             config,
             catalogue,
             pki,

@@ -16,6 +16,7 @@ mod check;
 mod clock;
 mod console;
 mod core;
+mod data_keys;
 mod files;
 mod keys;
 mod layer;

@@ -7,6 +7,7 @@ use hearth_types::check_device_name;
 use crate::api_error::{ApiError, ApiResult};
 use crate::service::snapshot::{self, Source};
 use crate::service::volume::Shape;
+use crate::storage;
 use crate::tables::Tables;
 
 const FIELD: &str = "block_device_mappings";
@@ -18,6 +19,7 @@ pub(crate) struct PlannedVolume {
     pub device_name: String,
     pub shape: Shape,
     pub source: Option<Source>,
+    pub encrypted: bool,
     pub delete_on_termination: bool,
 }
 
@@ -160,20 +162,22 @@ pub(crate) fn plan(
             }
             continue;
         };
-        if ebs.encrypted == Some(true) {
-            return Err(invalid(mapping, "encrypted volumes are not offered yet"));
-        }
         let source = match ebs.snapshot_id.as_str() {
             "" => None,
             id => Some(snapshot::find_completed(tables, account, id)?),
         };
         let least = source.as_ref().map_or(0, |source| source.base().size_bytes);
+        let from_encrypted = source.as_ref().is_some_and(|source| storage::is_encrypted(&source.base()));
+        if from_encrypted && ebs.encrypted == Some(false) {
+            return Err(invalid(mapping, "a volume made from an encrypted snapshot is encrypted"));
+        }
         let shape = Shape::new(&ebs.volume_type, ebs.volume_size_bytes, least, ebs.iops, ebs.throughput_mibps)?;
         let is_root = mapping.device_name == root_device_name;
         planned.volumes.push(PlannedVolume {
             device_name: mapping.device_name.clone(),
             shape,
             source,
+            encrypted: from_encrypted || ebs.encrypted == Some(true),
             delete_on_termination: ebs.delete_on_termination.unwrap_or(is_root),
         });
     }

@@ -148,13 +148,10 @@ proptest! {
 fn what_cannot_be_planned_is_refused_by_device() {
     let tables = Tables::default();
     let root = ebs("/dev/sda1", "", 1);
-    let mut encrypted = ebs("/dev/sdf", "", 1);
-    encrypted.ebs.as_mut().unwrap().encrypted = Some(true);
     for (mappings, words) in [
         (vec![], "no volume"),
         (vec![ephemeral("/dev/sda1", "ephemeral0")], "no volume"),
         (vec![root.clone(), ephemeral("/dev/sdb", "ephemeral0"), ephemeral("/dev/sdc", "ephemeral0")], "mapped twice"),
-        (vec![root.clone(), encrypted], "encrypted"),
         (vec![root.clone(), ebs("/dev/sdf", "", 0)], "size_bytes"),
         (vec![root, ebs("/dev/sdf", "snap-0123456789abcdef0", 1)], "does not exist"),
     ] {

@@ -15,6 +15,7 @@ pub(crate) mod copy_image;
 pub(crate) mod create_image;
 pub(crate) mod enroll;
 pub(crate) mod export;
+pub(crate) mod fast_restore;
 pub(crate) mod host;
 pub(crate) mod idempotency;
 pub(crate) mod image;

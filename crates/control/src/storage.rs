@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_snapshot::{
-    ChunkStore, Epoch, KeyDomain, KeyDomainId, Ledger, LedgerError, LiveRoot, ManifestSpec, ManifestWriter,
-    ObjectStore, Roots, SnapshotKey,
+    ChunkStore, Epoch, KeyDomain, KeyDomainId, Ledger, LedgerError, LiveRoot, ManifestSource, ManifestSpec,
+    ManifestWriter, ObjectStore, Roots, SnapshotKey, SnapshotUpload, UploadProgress,
 };
 use hearth_store::Txn;
 use hmac::{Hmac, Mac};
@@ -16,12 +17,28 @@ use sha2::Sha256;
 
 use crate::api_error::{ApiError, ApiResult};
 use crate::core::{Commit, Core, encode};
+use crate::data_keys::KeyWrap;
 use crate::keys;
 use crate::service::task;
 use crate::tables::{SCHEMA_VERSION, Tables};
 
 /// Key domain of all snapshots that are not encrypted: equal content is stored once for all accounts.
 pub(crate) const PLAIN_DOMAIN: &str = "plain";
+
+/// Key domain of an account's encrypted snapshots: nobody else can tell what they have in common with others.
+pub(crate) fn account_domain(account: &str) -> String {
+    format!("account-{account}")
+}
+
+/// Whether a manifest is of an encrypted snapshot or volume.
+pub(crate) fn is_encrypted(base: &v1::BaseSnapshot) -> bool {
+    name_of_domain(base) != PLAIN_DOMAIN
+}
+
+/// Name of the key domain that a manifest is in.
+pub(crate) fn name_of_domain(base: &v1::BaseSnapshot) -> &str {
+    base.key_domain.as_ref().map_or(PLAIN_DOMAIN, |domain| domain.name.as_str())
+}
 
 /// The object store and the key that all others come from.
 pub(crate) struct Storage {
@@ -38,16 +55,31 @@ impl Storage {
 
     /// 32 bytes that only this cluster can know.
     fn secret(&self, domain: &str) -> [u8; 32] {
+        self.derived(b"hearth key domain\0", domain)
+    }
+
+    fn derived(&self, purpose: &[u8], name: &str) -> [u8; 32] {
         // HMAC takes keys of any length.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.key) else { return [0; 32] };
-        mac.update(b"hearth key domain\0");
-        mac.update(domain.as_bytes());
+        mac.update(purpose);
+        mac.update(name.as_bytes());
         mac.finalize().into_bytes().into()
+    }
+
+    fn key_wrap(&self) -> ApiResult<KeyWrap> {
+        let wrap = KeyWrap::new(&self.derived(b"hearth data keys\0", ""));
+        wrap.ok_or_else(|| ApiError::internal("no cipher for data keys"))
+    }
+
+    /// The key of a new encrypted volume, wrapped as its record holds it.
+    pub fn new_data_key(&self, volume_id: &str) -> ApiResult<Bytes> {
+        self.key_wrap()?.generate(volume_id).map_err(|error| ApiError::internal(error.to_string()))
     }
 
     /// The name with the secret, for a host.
     pub fn domain_for_host(&self, name: &str) -> v1::KeyDomain {
-        v1::KeyDomain { name: name.to_owned(), secret: self.secret(name).to_vec().into() }
+        let secret = self.secret(name).to_vec().into();
+        v1::KeyDomain { name: name.to_owned(), secret, encrypt_on_hosts: name != PLAIN_DOMAIN }
     }
 
     /// The chunks of one key domain.
@@ -65,8 +97,17 @@ impl Storage {
 
     /// Adds the secrets, which no record holds, to what a host is told.
     pub fn complete(&self, volume: Option<&mut v1::HostVolume>) {
-        if let Some(volume) = volume {
-            self.complete_base(volume.base.as_mut());
+        let Some(volume) = volume else { return };
+        self.complete_base(volume.base.as_mut());
+        if !volume.encrypted {
+            return;
+        }
+        let wrapped = std::mem::take(&mut volume.data_key);
+        let Ok(wrap) = self.key_wrap() else { return };
+        match wrap.unwrap(&volume.volume_id, &wrapped) {
+            Ok(key) => volume.data_key = key,
+            // Without its key the host waits, and says so.
+            Err(error) => tracing::error!(%error, "a volume cannot be used"),
         }
     }
 
@@ -92,11 +133,18 @@ impl Storage {
             volume,
             generation: spec.generation,
             wish: wish.into(),
-            key_domain: Some(self.domain_for_host(domain_of(spec))),
+            key_domain: Some(self.domain_for_host(&domain_of(spec))),
             epoch: spec.release_epoch,
             manifest_id: release_manifest_id(spec),
             parent,
         }
+    }
+
+    /// What a host is told of snapshots that it is to have whole.
+    pub fn desired_fills(&self, wanted: &[v1::BaseSnapshot]) -> v1::DesiredFills {
+        let mut snapshots = wanted.to_vec();
+        snapshots.iter_mut().for_each(|base| self.complete_base(Some(base)));
+        v1::DesiredFills { snapshots }
     }
 
     /// What the host of a snapshot in the making is told.
@@ -120,8 +168,13 @@ pub(crate) fn release_manifest_id(spec: &rec::VolumeSpec) -> String {
 }
 
 /// Key domain of a volume's snapshots.
-pub(crate) fn domain_of(_spec: &rec::VolumeSpec) -> &'static str {
-    PLAIN_DOMAIN
+pub(crate) fn domain_of(spec: &rec::VolumeSpec) -> String {
+    if spec.encrypted { account_domain(&spec.account_id) } else { PLAIN_DOMAIN.to_owned() }
+}
+
+/// Whether a snapshot is in another key domain than what it builds on, so that all of its content is stored anew.
+pub(crate) fn changes_domain(spec: &rec::SnapshotSpec) -> bool {
+    spec.parent.as_ref().is_some_and(|parent| name_of_domain(parent) != spec.key_domain)
 }
 
 /// What the next snapshot of a volume builds on.
@@ -208,7 +261,7 @@ pub(crate) async fn published(core: &Core, id: &str) -> ApiResult<Option<Publish
 }
 
 /// Publishes the manifest of a snapshot that is exactly its parent (or blank). Answers root and bytes of content.
-pub(crate) async fn write_manifest(core: &Core, spec: &rec::SnapshotSpec) -> ApiResult<(String, u64)> {
+pub(crate) async fn write_manifest(core: &Arc<Core>, spec: &rec::SnapshotSpec) -> ApiResult<(String, u64)> {
     let failed = |error: hearth_snapshot::StorageError| ApiError::internal(format!("write the manifest: {error}"));
     let store = core.storage.chunks(&spec.key_domain)?;
     let parent = match &spec.parent {
@@ -220,9 +273,37 @@ pub(crate) async fn write_manifest(core: &Core, spec: &rec::SnapshotSpec) -> Api
         size_bytes: spec.volume_bytes,
         epoch: Epoch(spec.epoch),
     };
+    if let (Some(parent), true) = (&spec.parent, changes_domain(spec)) {
+        return reseal(core, spec, parent, manifest_spec).await;
+    }
     let writer = ManifestWriter::new(manifest_spec, parent.as_ref()).map_err(failed)?;
     let committed = writer.commit(&store).await.map_err(failed)?;
     Ok((committed.root_hash.to_string(), committed.present_chunks * hearth_snapshot::CHUNK_BYTES as u64))
+}
+
+/// Stores the content of `parent` anew, in the snapshot's key domain, and publishes its manifest.
+async fn reseal(
+    core: &Arc<Core>,
+    spec: &rec::SnapshotSpec,
+    parent: &v1::BaseSnapshot,
+    manifest_spec: ManifestSpec,
+) -> ApiResult<(String, u64)> {
+    let failed = |error: hearth_snapshot::StorageError| {
+        ApiError::internal(format!("copy {} into {}: {error}", parent.snapshot_id, spec.key_domain))
+    };
+    let manifest = Arc::new(load_manifest(core, parent).await?);
+    let source = ManifestSource::new(core.storage.chunks(name_of_domain(parent))?, manifest).map_err(failed)?;
+    let (told, id) = (core.clone(), spec.snapshot_id.clone());
+    let progress = Arc::new(move |progress: UploadProgress| {
+        if told.live.set_percent(&id, Some(u32::from(progress.percent()))) {
+            told.announce_snapshot(&id);
+        }
+    });
+    let upload = SnapshotUpload::new(core.storage.chunks(&spec.key_domain)?, manifest_spec, None);
+    let uploaded = upload.with_progress(progress).run(&source).await;
+    core.live.set_percent(&spec.snapshot_id, None);
+    let uploaded = uploaded.map_err(failed)?.manifest;
+    Ok((uploaded.root_hash.to_string(), uploaded.present_chunks * hearth_snapshot::CHUNK_BYTES as u64))
 }
 
 /// Reads a manifest that the records know.

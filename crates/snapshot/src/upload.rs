@@ -52,16 +52,26 @@ pub type ReadChunk = Box<dyn Fn(u64) -> BoxFuture<'static, Result<Option<Bytes>,
 
 /// A source that reads listed chunks in their order.
 pub struct IndexedSource {
-    left: Mutex<VecDeque<u64>>,
+    /// Chunks, and which reader each is for.
+    left: Mutex<VecDeque<(u64, usize)>>,
     total: u64,
-    read: ReadChunk,
+    readers: Vec<ReadChunk>,
 }
 
 impl IndexedSource {
     /// The chunks `indexes`, read by `read` (`None` = zeros).
     pub fn new(indexes: impl IntoIterator<Item = u64>, read: ReadChunk) -> Self {
-        let left: VecDeque<u64> = indexes.into_iter().collect();
-        Self { total: left.len() as u64, left: Mutex::new(left), read }
+        Self { left: Mutex::default(), total: 0, readers: Vec::new() }.then(indexes, read)
+    }
+
+    /// After those, the chunks `indexes`, read by another `read`.
+    pub fn then(mut self, indexes: impl IntoIterator<Item = u64>, read: ReadChunk) -> Self {
+        let reader = self.readers.len();
+        self.readers.push(read);
+        let left = self.left.get_mut();
+        left.extend(indexes.into_iter().map(|index| (index, reader)));
+        self.total = left.len() as u64;
+        self
     }
 }
 
@@ -75,10 +85,10 @@ impl fmt::Debug for IndexedSource {
 impl ChunkSource for IndexedSource {
     async fn next(&self) -> Result<Option<SourceChunk>, SourceError> {
         let next = self.left.lock().pop_front();
-        let Some(index) = next else {
+        let Some((index, read)) = next.and_then(|(index, reader)| Some((index, self.readers.get(reader)?))) else {
             return Ok(None);
         };
-        Ok(Some(SourceChunk { index, content: (self.read)(index).await? }))
+        Ok(Some(SourceChunk { index, content: read(index).await? }))
     }
 
     fn total(&self) -> u64 {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hearth_snapshot::*;
+use object_store::ObjectStoreExt;
 use support::{ACCESS_KEY, BUCKET, Fault, Line, SECRET_KEY, Server, random_faults, serve};
 
 const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -229,6 +230,21 @@ async fn an_outage_is_a_transient_error_and_the_upload_goes_on_afterwards() {
     let uploaded = upload.run(&source(&chunks)).await.unwrap();
     assert!(uploaded.chunks.chunks_found >= 10, "{uploaded:?}");
     assert_reads(&store, "snap-1", &chunks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_is_waited_out_however_often_it_is_asked_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let begun = std::time::Instant::now();
+    let plan = Arc::new(
+        move |_: u64, _: &http::Method, _: &str| {
+            if begun.elapsed() < Duration::from_secs(8) { Fault::Dropped } else { Fault::None }
+        },
+    );
+    let server = serve(folder.path(), LOCAL, Line { plan, ..Line::default() }, None).await;
+    let objects = open_store(&format!("s3://{BUCKET}/p"), &options(&server)).unwrap();
+    objects.put(&"object".into(), "content".into()).await.unwrap();
+    assert!(server.faults.load(Ordering::SeqCst) > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,7 +28,7 @@ use crate::launch::SharedLauncher;
 use crate::net::HostNet;
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{HostVolumes, Snapshots};
+use crate::storage::{Fills, HostVolumes, Snapshots};
 
 pub use spec::{Attachment, Nic, Spec};
 pub use task::{InstanceTask, Wishes, report_gone};
@@ -45,6 +45,8 @@ pub struct Host {
     pub volumes: Arc<HostVolumes>,
     /// Their snapshots.
     pub snapshots: Arc<Snapshots>,
+    /// Snapshots that it is to have whole.
+    pub fills: Fills,
     /// Kernels.
     pub boot: Arc<BootLoader>,
     /// What is taken.

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use async_trait::async_trait;
-use hearth_block::VolumeFiles;
+use hearth_block::{VolumeFiles, XtsKey};
 pub use hearth_vmm::control::protocol::DiskLimits;
-use hearth_vmm::control::protocol::{BaseSpec, DiskBacking, DiskSpec, Event, FdIndex, LayeredSpec, NbdSpec};
+use hearth_vmm::control::protocol::{BaseSpec, DiskBacking, DiskKey, DiskSpec, Event, FdIndex, LayeredSpec, NbdSpec};
 use tokio::sync::mpsc;
 
 use super::LaunchError;
@@ -94,6 +94,15 @@ pub trait DiskControl: Send + Sync {
     async fn thaw(&self, serial: &str, restore_dirty: bool) -> Result<(), LaunchError>;
 }
 
+fn disk_key(key: &XtsKey) -> DiskKey {
+    let mut disk_key = DiskKey { data: [0; 32], tweak: [0; 32] };
+    let material = key.material();
+    let (data, tweak) = material.split_at(32);
+    disk_key.data.copy_from_slice(data);
+    disk_key.tweak.copy_from_slice(tweak);
+    disk_key
+}
+
 /// Descriptors on their way to a VMM.
 #[derive(Debug, Default)]
 pub(super) struct Fds(pub Vec<OwnedFd>);
@@ -115,17 +124,17 @@ impl Fds {
                 limits: nbd.limits,
             })),
             Backing::Layered(layered) => {
-                let VolumeFiles { data, map, base, key: _ } = layered.files;
+                let VolumeFiles { data, map, base, key } = layered.files;
                 DiskBacking::Layered(Box::new(LayeredSpec {
                     data: self.add(data),
                     map: self.add(map),
                     base: base.map(|base| BaseSpec {
                         data: self.add(base.data),
                         presence: self.add(base.presence),
-                        key: None,
+                        key: base.key.as_ref().map(disk_key),
                     }),
                     wake: self.add(layered.wake),
-                    key: None,
+                    key: key.as_ref().map(disk_key),
                     generation: layered.generation,
                     limits: layered.limits,
                     direct: true,

@@ -17,6 +17,7 @@ use super::{Connection, Link, LinkError, console};
 use crate::epoch::Epoch;
 use crate::instance::Host;
 use crate::reports::AnyReport;
+use crate::storage::Keyring;
 use crate::supervisor::Supervisor;
 
 /// How often the control plane hears from a quiet agent.
@@ -95,6 +96,7 @@ impl Session {
             AnyReport::Volume(report) => agent_message::Message::Volume(report),
             AnyReport::Snapshot(report) => agent_message::Message::Snapshot(report),
             AnyReport::Bundle(report) => agent_message::Message::Bundle(report),
+            AnyReport::Fill(report) => agent_message::Message::Fill(report),
         };
         reports.into_iter().map(message).collect()
     }
@@ -111,16 +113,30 @@ impl Session {
         let supervisor = self.supervisor.clone();
         match message.message {
             Some(control_message::Message::Desired(mut desired)) => {
+                self.keyring().take_host(&mut desired);
                 self.apply_storage(&mut desired);
                 blocking(move || supervisor.apply_host(desired)).await?
             }
-            Some(control_message::Message::Instance(instance)) => blocking(move || supervisor.apply(instance)).await?,
-            Some(control_message::Message::Volume(volume)) => self.host.snapshots.leave(volume),
-            Some(control_message::Message::SnapshotSet(set)) => self.host.snapshots.make(set),
+            Some(control_message::Message::Instance(mut instance)) => {
+                self.keyring().take_instance(&mut instance);
+                blocking(move || supervisor.apply(instance)).await?
+            }
+            Some(control_message::Message::Volume(mut volume)) => {
+                self.keyring().take_volume(&mut volume);
+                self.host.snapshots.leave(volume);
+            }
+            Some(control_message::Message::SnapshotSet(mut set)) => {
+                self.keyring().take_set(&mut set);
+                self.host.snapshots.make(set);
+            }
             Some(control_message::Message::CancelSnapshotSet(set)) => self.host.snapshots.cancel(&set.set_id),
             Some(control_message::Message::Bundle(bundle)) => self.host.snapshots.bundle(bundle),
             Some(control_message::Message::CancelBundle(bundle)) => {
                 self.host.snapshots.keep_bundles(|id| id != bundle.bundle_id);
+            }
+            Some(control_message::Message::Fills(mut fills)) => {
+                self.keyring().take_fills(&mut fills);
+                self.host.fills.want(fills.snapshots);
             }
             Some(control_message::Message::GetConsoleOutput(command)) => {
                 let report = self.console_output(command.request_id, &command.instance_id);
@@ -138,6 +154,10 @@ impl Session {
         Ok(())
     }
 
+    fn keyring(&self) -> &Keyring {
+        self.host.volumes.bases().keyring()
+    }
+
     /// Takes over what is to become of volumes and snapshots.
     fn apply_storage(&self, desired: &mut DesiredHost) {
         let (volumes, sets) = (std::mem::take(&mut desired.volumes), std::mem::take(&mut desired.snapshot_sets));
@@ -152,6 +172,7 @@ impl Session {
         let named: HashSet<String> = bundles.iter().map(|bundle| bundle.bundle_id.clone()).collect();
         self.host.snapshots.keep_bundles(|id| named.contains(id));
         bundles.into_iter().for_each(|bundle| self.host.snapshots.bundle(bundle));
+        self.host.fills.want(desired.fills.take().unwrap_or_default().snapshots);
         sets.into_iter().for_each(|set| self.host.snapshots.make(set));
         volumes.into_iter().for_each(|volume| self.host.snapshots.leave(volume));
     }

@@ -24,6 +24,7 @@ use hearth_types::{InstanceId, VolumeId};
 /// RUN/ID/control.sock               the VMM's control socket
 /// RUN/ID/console.sock               the VMM's console
 /// RUN/.staged                       which chunks are in the stages
+/// RUN/.keys                         keys of volumes and snapshots
 /// RUN/.network/ID/...               what serves a volume of a backend, see `storage::network`
 /// RUN/jail                          mount point of the VMMs' empty root
 /// ```
@@ -127,6 +128,11 @@ impl Layout {
     /// Folder of what is known of them; gone with the boot of the host.
     pub fn staged(&self) -> PathBuf {
         self.run.join(".staged")
+    }
+
+    /// Keys; gone with the boot of the host.
+    pub fn keyring(&self) -> PathBuf {
+        self.run.join(".keys")
     }
 
     /// Folder of what serves volumes of backends; gone with the boot of the host.

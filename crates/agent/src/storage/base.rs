@@ -8,16 +8,16 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use hearth_block::XtsKey;
 use hearth_block::map::Extent;
 use hearth_proto::v1::BaseSnapshot;
-use hearth_snapshot::{
-    CHUNK_BYTES, ChunkStore, KeyDomain, KeyDomainId, Manifest, ObjectStore, SnapshotKey, StorageError,
-};
+use hearth_snapshot::{CHUNK_BYTES, ChunkStore, Manifest, ObjectStore, SnapshotKey, StorageError};
 use hearth_snapshot::{load_prefetch, store_prefetch};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OnceCell, Semaphore};
 
+use super::keyring::{KeyError, Keyring};
 use super::presence::Presence;
 use crate::state::Layout;
 
@@ -39,6 +39,14 @@ pub enum BaseError {
         id: String,
         /// What is wrong.
         reason: String,
+    },
+    /// Its keys.
+    #[error("base {id}: {source}")]
+    Key {
+        /// Which snapshot.
+        id: String,
+        /// What is missing.
+        source: KeyError,
     },
     /// The object store.
     #[error("base {id}: {source}")]
@@ -65,22 +73,11 @@ impl BaseError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Spec { .. } => false,
+            Self::Key { source, .. } => source.is_transient(),
             Self::Storage { source, .. } => source.is_transient(),
             Self::Io { .. } => true,
         }
     }
-}
-
-/// A chunk store from what the control plane tells.
-pub fn chunk_store(
-    objects: &Arc<dyn ObjectStore>,
-    domain: Option<&hearth_proto::v1::KeyDomain>,
-) -> Result<ChunkStore, String> {
-    let domain = domain.ok_or("it names no key domain")?;
-    let secret: &[u8; 32] =
-        domain.secret.as_ref().try_into().map_err(|_| "its key domain's secret has not 32 bytes")?;
-    let id = KeyDomainId::new(&domain.name).map_err(|error| error.to_string())?;
-    Ok(ChunkStore::new(objects.clone(), KeyDomain::new(id, secret)))
 }
 
 /// One base on this host.
@@ -90,6 +87,8 @@ pub struct Base {
     /// Chunks that the manifest has.
     pub extent: Extent,
     store: ChunkStore,
+    /// Key of its data on this host.
+    key: Option<XtsKey>,
     data: File,
     path: PathBuf,
     presence: Presence,
@@ -118,6 +117,11 @@ impl Base {
     pub fn files(&self) -> io::Result<(File, File)> {
         // A descriptor of its own: flags such as O_DIRECT belong to the open file.
         Ok((File::open(&self.path)?, self.presence.file().try_clone()?))
+    }
+
+    /// Key of the data, when it is not in clear.
+    pub fn key(&self) -> Option<&XtsKey> {
+        self.key.as_ref()
     }
 
     /// Whether a chunk can be read.
@@ -151,6 +155,11 @@ impl Base {
         }
         drop(wanted);
         self.asked.notify_one();
+    }
+
+    /// Has everything fetched that is not here yet, as fast as it comes, behind what somebody waits for.
+    pub fn want_all(&self) {
+        self.manifest.chunks().for_each(|chunk| self.want(chunk, false));
     }
 
     /// Tells `listener` of chunks that come, as long as it lives.
@@ -275,14 +284,27 @@ impl Base {
         // It may be here from before this boot: then its bytes tell.
         let kept = tokio::task::spawn_blocking(move || {
             let mut content = vec![0; CHUNK_BYTES];
-            let read = base.data.read_exact_at(&mut content, chunk * CHUNK_BYTES as u64);
+            let at = chunk * CHUNK_BYTES as u64;
+            let read = base.data.read_exact_at(&mut content, at);
+            if let Some(key) = &base.key {
+                key.decrypt(&mut content, at);
+            }
             read.is_ok() && domain.name_of(&content) == entry.hash
         });
         if !kept.await.unwrap_or(false) {
             let content = self.store.get_chunk(&entry).await.map_err(failed)?;
             let base = self.clone();
-            let written =
-                tokio::task::spawn_blocking(move || base.data.write_all_at(&content, chunk * CHUNK_BYTES as u64));
+            let written = tokio::task::spawn_blocking(move || {
+                let at = chunk * CHUNK_BYTES as u64;
+                match &base.key {
+                    None => base.data.write_all_at(&content, at),
+                    Some(key) => {
+                        let mut sealed = content.to_vec();
+                        key.encrypt(&mut sealed, at);
+                        base.data.write_all_at(&sealed, at)
+                    }
+                }
+            });
             let written = written.await.map_err(io::Error::other).and_then(|written| written);
             written.map_err(|source| BaseError::Io { action: "writing", path: self.path.clone(), source })?;
         }
@@ -295,15 +317,28 @@ impl Base {
 pub struct Bases {
     layout: Layout,
     objects: Arc<dyn ObjectStore>,
+    keyring: Arc<Keyring>,
     boot_id: String,
     fill_rate: u64,
-    open: tokio::sync::Mutex<HashMap<String, Arc<Base>>>,
+    /// By root; empty while it is being opened.
+    open: Mutex<HashMap<String, Arc<OnceCell<Arc<Base>>>>>,
 }
 
 impl Bases {
     /// Bases below the layout's folder, which are filled in the background at `fill_rate` bytes per second; 0 = they are not.
-    pub fn new(layout: Layout, objects: Arc<dyn ObjectStore>, boot_id: String, fill_rate: u64) -> Self {
-        Self { layout, objects, boot_id, fill_rate, open: tokio::sync::Mutex::default() }
+    pub fn new(
+        layout: Layout,
+        objects: Arc<dyn ObjectStore>,
+        keyring: Arc<Keyring>,
+        boot_id: String,
+        fill_rate: u64,
+    ) -> Self {
+        Self { layout, objects, keyring, boot_id, fill_rate, open: Mutex::default() }
+    }
+
+    /// Keys of snapshots and volumes.
+    pub fn keyring(&self) -> &Arc<Keyring> {
+        &self.keyring
     }
 
     /// Where chunks and manifests come from.
@@ -313,26 +348,34 @@ impl Bases {
 
     /// The base of a snapshot, opened once.
     pub async fn get(&self, wanted: &BaseSnapshot) -> Result<Arc<Base>, BaseError> {
-        let mut open = self.open.lock().await;
-        if let Some(base) = open.get(&wanted.root) {
-            return Ok(base.clone());
-        }
-        let base = Arc::new(self.open_base(wanted).await?);
-        open.insert(wanted.root.clone(), base.clone());
-        tokio::spawn(base.clone().run());
-        tokio::spawn(base.clone().follow_working_set(self.objects.clone()));
-        if self.fill_rate > 0 {
-            tokio::spawn(base.clone().fill(self.fill_rate));
-        }
-        Ok(base)
+        // One whose manifest does not come keeps nobody waiting who wants another.
+        let slot = self.open.lock().entry(wanted.root.clone()).or_default().clone();
+        let open = async || {
+            let base = Arc::new(self.open_base(wanted).await?);
+            tokio::spawn(base.clone().run());
+            tokio::spawn(base.clone().follow_working_set(self.objects.clone()));
+            if self.fill_rate > 0 {
+                tokio::spawn(base.clone().fill(self.fill_rate));
+            }
+            Ok(base)
+        };
+        slot.get_or_try_init(open).await.cloned()
     }
 
     async fn open_base(&self, wanted: &BaseSnapshot) -> Result<Base, BaseError> {
         let spec = |reason: String| BaseError::Spec { id: wanted.snapshot_id.clone(), reason };
         let root = wanted.root.parse().map_err(|_| spec(format!("'{}' is no root hash", wanted.root)))?;
-        let key = SnapshotKey::new(&wanted.snapshot_id).map_err(|error| spec(error.to_string()))?;
-        let store = chunk_store(&self.objects, wanted.key_domain.as_ref()).map_err(spec)?;
-        let manifest = Manifest::load(&*self.objects, &key, Some(&root)).await;
+        let id = SnapshotKey::new(&wanted.snapshot_id).map_err(|error| spec(error.to_string()))?;
+        let unknown = |source| BaseError::Key { id: wanted.snapshot_id.clone(), source };
+        let store = self.keyring.chunk_store(&self.objects, wanted.key_domain.as_ref()).map_err(unknown)?;
+        let key = match &wanted.key_domain {
+            Some(domain) if domain.encrypt_on_hosts => {
+                let key = XtsKey::new(store.domain().key_on_hosts(&wanted.root));
+                Some(key.ok_or_else(|| unknown(KeyError::Malformed(format!("the base {}", wanted.root))))?)
+            }
+            _ => None,
+        };
+        let manifest = Manifest::load(&*self.objects, &id, Some(&root)).await;
         let failed = |source| BaseError::Storage { id: wanted.snapshot_id.clone(), source: Box::new(source) };
         let manifest = manifest.map_err(failed)?;
         let folder = self.layout.base(&wanted.root);
@@ -356,6 +399,7 @@ impl Bases {
             manifest,
             extent,
             store,
+            key,
             data,
             path,
             presence,

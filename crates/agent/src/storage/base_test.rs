@@ -11,6 +11,8 @@ use object_store::{
     PutPayload, PutResult, Result,
 };
 
+use hearth_proto::v1::KeyDomain;
+
 use super::*;
 
 const SNAPSHOT: &str = "snap-0123456789abcdef0";
@@ -21,6 +23,8 @@ struct Counting {
     inner: Arc<dyn ObjectStore>,
     chunks: AtomicU64,
     down: std::sync::atomic::AtomicBool,
+    /// No manifest ever comes, and no error either.
+    hangs: std::sync::atomic::AtomicBool,
 }
 
 impl std::fmt::Display for Counting {
@@ -40,6 +44,9 @@ impl ObjectStore for Counting {
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         if location.as_ref().starts_with("chunk/") {
             self.chunks.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.hangs.load(Ordering::SeqCst) && location.as_ref().starts_with("snap/") {
+            std::future::pending::<()>().await;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
         if self.down.load(Ordering::SeqCst) {
@@ -67,16 +74,29 @@ fn content(chunk: u64) -> Bytes {
 
 /// A store with a snapshot of `chunks` chunks, of which each fourth is zeros.
 async fn store(chunks: u64) -> (Arc<Counting>, BaseSnapshot) {
+    store_in(chunks, false).await
+}
+
+fn domain(encrypt_on_hosts: bool) -> KeyDomain {
+    KeyDomain { name: "one".into(), secret: vec![7; 32].into(), encrypt_on_hosts }
+}
+
+fn keyring(layout: &Layout) -> Arc<Keyring> {
+    Keyring::of_domains(layout, &[domain(false)])
+}
+
+async fn store_in(chunks: u64, encrypt_on_hosts: bool) -> (Arc<Counting>, BaseSnapshot) {
     let inner = open_store("memory:", &StoreOptions::default()).unwrap();
-    let counting = Counting { inner, chunks: AtomicU64::new(0), down: false.into() };
+    let counting = Counting { inner, chunks: AtomicU64::new(0), down: false.into(), hangs: false.into() };
     let store = Arc::new(counting);
     let objects: Arc<dyn ObjectStore> = store.clone();
-    let key_domain = Some(hearth_proto::v1::KeyDomain { name: "plain".into(), secret: vec![7; 32].into() });
+    let key_domain = Some(domain(encrypt_on_hosts));
     let size_bytes = chunks * CHUNK_BYTES as u64;
     let spec = ManifestSpec { id: SnapshotKey::new(SNAPSHOT).unwrap(), size_bytes, epoch: Epoch(0) };
     let read = |chunk: u64| async move { Ok((chunk % 4 != 3).then(|| content(chunk))) }.boxed();
     let source = IndexedSource::new(0..chunks, Box::new(read));
-    let chunks = chunk_store(&objects, key_domain.as_ref()).unwrap();
+    let nowhere = Layout::new("/nonexistent".as_ref(), "/nonexistent".as_ref());
+    let chunks = keyring(&nowhere).chunk_store(&objects, key_domain.as_ref()).unwrap();
     let made = SnapshotUpload::new(chunks, spec, None).run(&source).await.unwrap();
     let root = made.manifest.root_hash.to_string();
     store.chunks.store(0, Ordering::SeqCst);
@@ -86,7 +106,8 @@ async fn store(chunks: u64) -> (Arc<Counting>, BaseSnapshot) {
 /// A host of its own.
 fn host(store: &Arc<Counting>, boot: &str, folder: &std::path::Path, fill_rate: u64) -> Bases {
     let layout = Layout::new(&folder.join("state"), &folder.join("run"));
-    Bases::new(layout, store.clone(), boot.to_owned(), fill_rate)
+    let keyring = keyring(&layout);
+    Bases::new(layout, store.clone(), keyring, boot.to_owned(), fill_rate)
 }
 
 fn on_disk(base: &Base, chunk: u64) -> Bytes {
@@ -94,6 +115,24 @@ fn on_disk(base: &Base, chunk: u64) -> Bytes {
     let (data, _) = base.files().unwrap();
     data.read_exact_at(&mut bytes, chunk * CHUNK_BYTES as u64).unwrap();
     bytes.into()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_base_that_does_not_come_keeps_nobody_waiting_for_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store(8).await;
+    let bases = Arc::new(host(&store, "a", folder.path(), 0));
+    let base = bases.get(&wanted).await.unwrap();
+    store.hangs.store(true, Ordering::SeqCst);
+    let other = BaseSnapshot { snapshot_id: "snap-0fedcba9876543210".into(), root: "0".repeat(64), ..wanted.clone() };
+    let waiting = tokio::spawn({
+        let bases = bases.clone();
+        async move { bases.get(&other).await.map(drop) }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let again = tokio::time::timeout(Duration::from_secs(5), bases.get(&wanted)).await.expect("it waits for the other");
+    assert!(Arc::ptr_eq(&base, &again.unwrap()) && !waiting.is_finished());
+    waiting.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -182,4 +221,64 @@ async fn after_a_reboot_of_the_host_chunks_are_looked_at_before_they_count() {
     assert_eq!(store.chunks.load(Ordering::SeqCst), 0, "it was whole");
     later.ensure(1).await;
     assert_eq!((store.chunks.load(Ordering::SeqCst), on_disk(&later, 1)), (1, content(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_content_of_an_encrypted_snapshot_is_nowhere_in_clear_on_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store_in(8, true).await;
+    let base = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
+    base.ensure(5).await;
+    let mut on_disk = on_disk(&base, 5).to_vec();
+    let repeated = |bytes: &[u8]| bytes.windows(16).filter(|window| window.iter().all(|byte| *byte == 6)).count();
+    assert_eq!(repeated(&on_disk), 0);
+    base.key().unwrap().decrypt(&mut on_disk, 5 * CHUNK_BYTES as u64);
+    assert_eq!(on_disk, content(5));
+    // After a boot of the host it is taken for what it is.
+    let base = host(&store, "b", folder.path(), 0).get(&wanted).await.unwrap();
+    assert!(!base.has(5));
+    base.ensure(5).await;
+    assert_eq!(store.chunks.load(Ordering::SeqCst), 1, "it need not be fetched again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_has_not_come_yet_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, mut wanted) = store_in(8, true).await;
+    wanted.key_domain.as_mut().unwrap().name = "another".into();
+    let error = host(&store, "a", folder.path(), 0).get(&wanted).await.err().unwrap();
+    assert!(error.is_transient(), "{error}");
+    assert!(error.to_string().contains("another has not come"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_that_is_wanted_whole_is_fetched_and_its_progress_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store(200).await;
+    store.down.store(true, Ordering::SeqCst);
+    let bases = Arc::new(host(&store, "a", folder.path(), 0));
+    let reports = Arc::new(crate::reports::Reports::default());
+    let fills = crate::storage::Fills::new(bases.clone(), reports.clone());
+    fills.want(vec![wanted.clone()]);
+    let said = |present: u64, wrong: bool| {
+        let reports = reports.clone();
+        async move {
+            loop {
+                let found = reports.full().fills;
+                if found.first().is_some_and(|one| one.present_chunks == present && one.error.is_empty() != wrong) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    };
+    said(0, true).await;
+    store.down.store(false, Ordering::SeqCst);
+    said(150, false).await;
+    assert_eq!(reports.full().fills[0].total_chunks, 150, "zeros are nowhere");
+    let base = bases.get(&wanted).await.unwrap();
+    assert!((0..200).all(|chunk| chunk % 4 == 3 || on_disk(&base, chunk) == content(chunk)));
+    assert_eq!(store.chunks.load(Ordering::SeqCst), 150, "each once");
+    fills.want(Vec::new());
+    assert_eq!(reports.full().fills, []);
 }

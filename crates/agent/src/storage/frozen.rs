@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
-use hearth_block::{FrozenSet, StagedView, staged_bytes};
+use hearth_block::{FrozenSet, StagedView, XtsKey, staged_bytes};
 use hearth_snapshot::{CHUNK_BYTES, IndexedSource, SourceError};
 use tokio::time::sleep;
 
@@ -42,6 +42,8 @@ impl Drop for StageFiles {
 pub struct Frozen {
     serial: String,
     size_bytes: u64,
+    /// Key of the stage, when it is not in clear.
+    key: Option<XtsKey>,
     files: StageFiles,
     /// The VMM that has it; `None` = everything is in the stage.
     live: Option<Arc<dyn DiskControl>>,
@@ -64,8 +66,14 @@ impl Drop for Frozen {
 }
 
 impl Frozen {
-    /// A stage of that name for a disk; nothing is fixed yet.
-    pub fn prepare(layout: &Layout, name: &str, serial: String, size_bytes: u64) -> Result<Self, String> {
+    /// A stage of that name for a disk, encrypted with the disk's own key if it has one; nothing is fixed yet.
+    pub fn prepare(
+        layout: &Layout,
+        name: &str,
+        serial: String,
+        size_bytes: u64,
+        key: Option<XtsKey>,
+    ) -> Result<Self, String> {
         let create = |path: &PathBuf| {
             let mut options = OpenOptions::new();
             let options = options.read(true).write(true).create(true).truncate(true).mode(0o600);
@@ -77,12 +85,27 @@ impl Frozen {
         let failed = |error: std::io::Error| format!("making {}: {error}", files.staged_path.display());
         files.staged.set_len(staged_bytes(size_bytes)).map_err(failed)?;
         let (live, chunks, ended) = (None, FrozenSet::default(), AtomicBool::new(false));
-        Ok(Self { serial, size_bytes, files, live, chunks, ended })
+        Ok(Self { serial, size_bytes, key, files, live, chunks, ended })
     }
 
-    /// Where chunks are put as they were, by whoever fixes a disk that no VMM has.
-    pub fn stage(&self) -> Arc<File> {
-        self.files.stage.clone()
+    /// Keeps a chunk as it is, for whoever fixes a disk that no VMM has. Blocks no thread of the runtime.
+    pub async fn put(&self, chunk: u64, content: Bytes) -> Result<(), String> {
+        let (stage, key) = (self.files.stage.clone(), self.key.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            let at = chunk * CHUNK_BYTES as u64;
+            let mut content = Vec::from(content);
+            if let Some(key) = &key {
+                key.encrypt(&mut content, at);
+            }
+            stage.write_all_at(&content, at)
+        });
+        let written = written.await.map_err(|error| error.to_string())?;
+        written.map_err(|error| format!("writing the stage: {error}"))
+    }
+
+    /// The chunks that are fixed.
+    pub fn chunks(&self) -> &FrozenSet {
+        &self.chunks
     }
 
     /// The stage holds these chunks.
@@ -103,14 +126,15 @@ impl Frozen {
     /// Hands out the frozen chunks.
     pub fn source(&self) -> IndexedSource {
         let (stage, staged) = (self.files.stage.clone(), self.files.staged.clone());
-        let (live, serial, size) = (self.live.clone(), self.serial.clone(), self.size_bytes);
+        let (live, serial, size, key) = (self.live.clone(), self.serial.clone(), self.size_bytes, self.key.clone());
         let read = move |chunk: u64| {
             let (stage, staged, live, serial) = (stage.clone(), staged.clone(), live.clone(), serial.clone());
+            let key = key.clone();
             async move {
                 if let Some(disks) = live {
                     await_staged(&staged, disks.as_ref(), &serial, chunk).await?;
                 }
-                let read = tokio::task::spawn_blocking(move || read_stage(&stage, chunk, size)).await;
+                let read = tokio::task::spawn_blocking(move || read_stage(&stage, chunk, size, key.as_ref())).await;
                 read.map_err(SourceError::from)?.map_err(SourceError::from)
             }
             .boxed()
@@ -120,7 +144,7 @@ impl Frozen {
 }
 
 /// A chunk of a stage file, which ends with the volume or the last chunk in it.
-fn read_stage(stage: &File, chunk: u64, size: u64) -> std::io::Result<Option<Bytes>> {
+fn read_stage(stage: &File, chunk: u64, size: u64, key: Option<&XtsKey>) -> std::io::Result<Option<Bytes>> {
     let mut content = vec![0; CHUNK_BYTES];
     let start = chunk * CHUNK_BYTES as u64;
     let inside = size.saturating_sub(start).min(CHUNK_BYTES as u64) as usize;
@@ -131,6 +155,9 @@ fn read_stage(stage: &File, chunk: u64, size: u64) -> std::io::Result<Option<Byt
             0 => break,
             count => at += count,
         }
+    }
+    if let Some(key) = key {
+        key.decrypt(&mut content, start);
     }
     Ok(content.iter().any(|byte| *byte != 0).then(|| content.into()))
 }

@@ -2,15 +2,19 @@
 
 pub mod base;
 mod bundles;
+pub mod fills;
 mod frozen;
+pub mod keyring;
 pub mod network;
 pub mod presence;
 pub mod remote;
 pub mod snapshots;
 pub mod volumes;
 
-pub use base::{Base, BaseError, Bases, chunk_store};
+pub use base::{Base, BaseError, Bases};
 pub use bundles::{BundleRootError, make_root, open_root};
+pub use fills::Fills;
+pub use keyring::{KeyError, Keyring};
 pub use network::{Connect, NetworkError, NetworkVolumes, is_network};
 pub use remote::RemoteObjects;
 pub use snapshots::{Running, Snapshots};

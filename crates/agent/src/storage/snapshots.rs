@@ -5,7 +5,6 @@
 //! the upload takes its time. Decision: what an agent that ends was uploading is in error; its chunks count as changed again.
 
 use std::collections::HashMap;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,15 +13,14 @@ use futures::FutureExt;
 use hearth_block::{BlockError, OfflineVolume};
 use hearth_proto::v1::{self, ObservedSnapshot, SnapshotReport, VolumeOutcome, VolumeReport};
 use hearth_snapshot::{
-    CHUNK_BYTES, Epoch, IndexedSource, Manifest, ManifestSpec, SnapshotKey, SnapshotUpload, SourceError, StorageError,
-    Uploaded,
+    CHUNK_BYTES, ChunkStore, Epoch, IndexedSource, Manifest, ManifestSpec, SnapshotKey, SnapshotUpload, SourceError,
+    StorageError, Uploaded,
 };
 use hearth_types::{InstanceId, VolumeId};
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::base::chunk_store;
 use super::frozen::{Frozen, freeze_live};
 use super::network::is_network;
 use super::volumes::{HostVolumes, Lineage, Placed};
@@ -159,7 +157,7 @@ impl Snapshots {
             let volume = wanted.volume.as_ref().ok_or("the snapshot names no volume")?;
             let placed = self.volumes.place(volume).await.map_err(|error| error.to_string())?;
             let (serial, size) = (placed.id.serial(), volume.size_bytes);
-            let disk = Frozen::prepare(&self.layout, &wanted.snapshot_id, serial, size)?;
+            let disk = Frozen::prepare(&self.layout, &wanted.snapshot_id, serial, size, placed.key.clone())?;
             frozen.push(Making { wanted: wanted.clone(), placed, disk });
         }
         let live = match set.instance_id.parse::<InstanceId>() {
@@ -184,14 +182,14 @@ impl Snapshots {
     async fn upload(&self, frozen: &Making) -> Result<Uploaded, String> {
         let wanted = &frozen.wanted;
         let objects = self.volumes.bases().objects();
-        let store = chunk_store(objects, wanted.key_domain.as_ref())?;
+        let store = self.chunk_store(wanted.key_domain.as_ref())?;
         let parent = match frozen.placed.lineage() {
             // What is frozen is relative to it, so that there is no snapshot without.
             Some(lineage) => match load_parent(objects.as_ref(), &lineage).await? {
                 Some(parent) => Some(parent),
                 None => {
                     return Err(format!(
-                        "snapshot {} is missing; detach the volume to store it in full",
+                        "snapshot {} is missing; attach the volume to an instance on another host to store it in full",
                         lineage.snapshot_id
                     ));
                 }
@@ -219,10 +217,40 @@ impl Snapshots {
                 ..SnapshotReport::default()
             });
         });
+        let (parent, other) = match parent {
+            Some(parent) if parent.domain() != store.domain().id() => (None, Some(parent)),
+            parent => (parent, None),
+        };
         let upload = SnapshotUpload::new(store, spec, parent).with_progress(progress);
-        let source = frozen.disk.source();
+        let source = match other {
+            None => frozen.disk.source(),
+            Some(before) => self.in_full(frozen, before)?,
+        };
         // Not tried again here: chunks that the source has handed out are not handed out again.
         upload.run(&source).await.map_err(|error| error.to_string())
+    }
+
+    fn chunk_store(&self, domain: Option<&v1::KeyDomain>) -> Result<ChunkStore, String> {
+        let bases = self.volumes.bases();
+        bases.keyring().chunk_store(bases.objects(), domain).map_err(|error| error.to_string())
+    }
+
+    /// All chunks of a frozen disk: those that have not changed since `before` as that has them. Nothing can be taken over from a
+    /// manifest of another key domain, which `before` is when its volume is encrypted and what it was made from is not.
+    fn in_full(&self, frozen: &Making, before: Arc<Manifest>) -> Result<IndexedSource, String> {
+        let bases = self.volumes.bases();
+        let domain = bases.keyring().domain(before.domain().as_str()).map_err(|error| error.to_string())?;
+        let store = ChunkStore::new(bases.objects().clone(), domain);
+        let changed = frozen.disk.chunks().clone();
+        let last = frozen.placed.wanted.size_bytes.div_ceil(CHUNK_BYTES as u64);
+        let unchanged: Vec<u64> = before.chunks().filter(|chunk| *chunk < last && !changed.contains(*chunk)).collect();
+        Ok(frozen.disk.source().then(
+            unchanged,
+            Box::new(move |chunk| {
+                let (before, store) = (before.clone(), store.clone());
+                async move { before.read_chunk(&store, chunk).await.map_err(SourceError::from) }.boxed()
+            }),
+        ))
     }
 
     async fn finish(&self, frozen: &Making, uploaded: &Uploaded) -> Result<(), String> {
@@ -343,12 +371,14 @@ impl Snapshots {
 
     async fn upload_offline(&self, placed: &Placed, desired: &v1::DesiredVolume) -> Result<String, String> {
         let objects = self.volumes.bases().objects();
-        let store = chunk_store(objects, desired.key_domain.as_ref())?;
+        let store = self.chunk_store(desired.key_domain.as_ref())?;
         let lineage = placed.lineage();
         let parent = match &lineage {
             Some(lineage) => load_parent(objects.as_ref(), lineage).await?,
             None => None,
         };
+        // Of another key domain, when the volume is encrypted and what it was made from is not.
+        let parent = parent.filter(|parent| parent.domain() == store.domain().id());
         // Without what the DIRTY bits are relative to they say too little.
         let in_full = lineage.is_some() && parent.is_none();
         let opened = placed.clone();
@@ -436,10 +466,7 @@ async fn copy_offline(one: &mut Making) -> Result<(), String> {
     let chunks = volume.dirty_chunks();
     for chunk in chunks.iter() {
         if let Some(content) = read_offline(&volume, one.placed.base.as_deref(), chunk).await? {
-            let stage = one.disk.stage();
-            let written = tokio::task::spawn_blocking(move || stage.write_all_at(&content, chunk * CHUNK_BYTES as u64));
-            let written = written.await.map_err(|error| error.to_string())?;
-            written.map_err(|error| format!("writing the stage: {error}"))?;
+            one.disk.put(chunk, content).await?;
         }
     }
     one.disk.fixed_offline(chunks);

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hearth_block::map::{self, MapBase, MapSpec};
-use hearth_block::{BLOCK_BYTES, BaseFiles, BlockError, CHUNK_BYTES, MapError, OfflineVolume, VolumeFiles};
+use hearth_block::{BLOCK_BYTES, BaseFiles, BlockError, CHUNK_BYTES, MapError, OfflineVolume, VolumeFiles, XtsKey};
 use hearth_proto::v1;
 use hearth_types::VolumeId;
 use parking_lot::Mutex;
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::base::{Base, BaseError, Bases};
+use super::keyring::KeyError;
 use super::network::NetworkVolumes;
 use crate::boot::ReadAt;
 use crate::state::{Layout, read_if_exists, sync_dir, write_atomically};
@@ -41,6 +42,9 @@ pub enum VolumeError {
     /// What it starts with.
     #[error(transparent)]
     Base(#[from] BaseError),
+    /// Its key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// A file.
     #[error("{action} {}: {source}", path.display())]
     Io {
@@ -75,6 +79,7 @@ impl VolumeError {
         match self {
             Self::Spec { .. } | Self::Map { .. } => false,
             Self::Base(error) => error.is_transient(),
+            Self::Key(error) => error.is_transient(),
             Self::Io { .. } => true,
             Self::Block { source, .. } => matches!(source, BlockError::InUse | BlockError::ChunkMissing { .. }),
         }
@@ -104,6 +109,8 @@ pub struct Placed {
     pub wanted: v1::HostVolume,
     /// What it starts with.
     pub base: Option<Arc<Base>>,
+    /// Key of its files, when they are not in clear.
+    pub key: Option<XtsKey>,
     folder: PathBuf,
 }
 
@@ -118,10 +125,10 @@ impl Placed {
             None => None,
             Some(base) => {
                 let (data, presence) = base.files().map_err(io_error("opening the base of", &self.folder))?;
-                Some(BaseFiles { data, presence, key: None })
+                Some(BaseFiles { data, presence, key: base.key().cloned() })
             }
         };
-        Ok(VolumeFiles { data: open("data")?, map: open("map")?, base, key: None })
+        Ok(VolumeFiles { data: open("data")?, map: open("map")?, base, key: self.key.clone() })
     }
 
     /// Opens it for this process. Blocks.
@@ -196,15 +203,13 @@ impl HostVolumes {
         if wanted.size_bytes == 0 || !wanted.size_bytes.is_multiple_of(BLOCK_BYTES) {
             return Err(spec(format!("{} bytes; it must be a multiple of {BLOCK_BYTES}", wanted.size_bytes)));
         }
-        if !wanted.data_key.is_empty() {
-            return Err(spec("this agent does not encrypt volumes".to_owned()));
-        }
+        let key = self.bases.keyring().volume(wanted)?;
         let base = match &wanted.base {
             Some(base) => Some(self.bases.get(base).await?),
             None => None,
         };
         let folder = self.layout.volume(&id);
-        let placed = Placed { id, wanted: wanted.clone(), base, folder };
+        let placed = Placed { id, wanted: wanted.clone(), base, key, folder };
         if !placed.folder.exists() {
             let (making, volumes) = (placed.clone(), self.layout.volumes());
             let made = tokio::task::spawn_blocking(move || make(&making, &volumes)).await;
@@ -215,6 +220,8 @@ impl HostVolumes {
 
     /// Deletes a volume, if it is here. Blocks.
     pub fn delete(&self, id: &VolumeId) -> Result<(), VolumeError> {
+        // First of all: what is left of an encrypted volume is noise then.
+        self.bases.keyring().forget_volume(id.as_str());
         let (folder, gone) = (self.layout.volume(id), self.layout.volumes().join(format!(".gone-{id}")));
         // Renamed first: half a volume must not be taken for a whole one.
         match std::fs::rename(&folder, &gone) {

@@ -64,6 +64,9 @@ Examples:
         /// Text for people [default: the source's]
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         description: String,
+        /// Encrypt the copy's snapshots, and with them the disks of instances launched from it
+        #[arg(long)]
+        encrypted: bool,
         /// Makes repeating the same call harmless [default: a fresh one per call]
         #[arg(long, value_name = "TOKEN")]
         client_token: Option<String>,

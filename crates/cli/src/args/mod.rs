@@ -19,7 +19,7 @@ pub use others::{
     AccountCommand, CompletionArgs, DoctorArgs, HostCommand, InstanceTypeCommand, KeyPairCommand, TagCommand,
     TokenCommand,
 };
-pub use storage::{SnapshotCommand, StorageCommand, VolumeCommand};
+pub use storage::{FastRestoreCommand, SnapshotCommand, StorageCommand, VolumeCommand};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -316,10 +316,65 @@ Examples:
         /// The source
         #[arg(value_name = "SNAPSHOT", help = WHICH_SNAPSHOT)]
         snapshot: String,
+        /// Encrypt the copy, and with it the volumes made from it
+        #[arg(long)]
+        encrypted: bool,
         /// What is said of the copy
         #[command(flatten)]
         flags: SnapshotFlags,
     },
+    /// Have hosts fetch all content of snapshots before it is asked for
+    #[command(subcommand)]
+    FastRestore(FastRestoreCommand),
+}
+
+/// Verbs of fast snapshot restore.
+#[derive(Debug, Subcommand)]
+pub enum FastRestoreCommand {
+    /// Have hosts fetch all content now, so that volumes made from a snapshot never wait for the object store there
+    #[command(after_help = "\
+Examples:
+  hearth snapshot fast-restore enable db-golden --host host-a --wait
+  hearth snapshot fast-restore enable db-golden --zone local-1a")]
+    Enable {
+        /// Which
+        #[arg(value_name = "SNAPSHOT", required = true, help = WHICH_SNAPSHOT)]
+        snapshots: Vec<String>,
+        /// Where
+        #[command(flatten)]
+        places: FastRestorePlaces,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitFlags,
+    },
+    /// Leave it to volumes again to fetch what they read; what is there stays
+    #[command(after_help = "Example:\n  hearth snapshot fast-restore disable db-golden")]
+    Disable {
+        /// Which
+        #[arg(value_name = "SNAPSHOT", required = true, help = WHICH_SNAPSHOT)]
+        snapshots: Vec<String>,
+        /// Where, as it was enabled [default: everywhere]
+        #[command(flatten)]
+        places: FastRestorePlaces,
+    },
+    /// Show which snapshots hosts have or fetch whole
+    #[command(visible_alias = "ls", after_help = "Example:\n  hearth snapshot fast-restore list")]
+    List {
+        /// Only these
+        #[arg(value_name = "SNAPSHOT", help = WHICH_SNAPSHOT)]
+        snapshots: Vec<String>,
+    },
+}
+
+/// Hosts by name or zone.
+#[derive(Debug, Args)]
+pub struct FastRestorePlaces {
+    /// On this host (several times)
+    #[arg(long = "host", value_name = "HOST")]
+    pub hosts: Vec<String>,
+    /// On every host of this availability zone, also on those that come later (several times)
+    #[arg(long = "zone", value_name = "ZONE")]
+    pub zones: Vec<String>,
 }
 
 /// Verbs of the object store.

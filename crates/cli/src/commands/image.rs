@@ -81,11 +81,12 @@ pub async fn run(context: &Context, command: ImageCommand) -> Result<(), CliErro
             let image = client.unwrap(client.images().create_image(request).await)?;
             finish(context, image, args.wait).await
         }
-        ImageCommand::Copy { image, name, description, client_token: token, wait } => {
+        ImageCommand::Copy { image, name, description, encrypted, client_token: token, wait } => {
             let request = CopyImageRequest {
                 source_image_id: lookup::image(client, &image).await?,
                 name,
                 description,
+                encrypted,
                 client_token: client_token(token)?,
             };
             let image = client.unwrap(client.images().copy_image(request).await)?;

@@ -1,9 +1,10 @@
 //! From what people type (id, beginning of an id, name) to what is meant.
 
 use hearth_proto::v1::{
-    BundleTask, Filter, Image, ImageState, Instance, InstanceState, ListBundleTasksRequest, ListImagesRequest,
-    ListInstancesRequest, ListReplaceRootVolumeTasksRequest, ListSnapshotsRequest, ListStoreImageTasksRequest,
-    ListVolumesRequest, PageRequest, ReplaceRootVolumeTask, Snapshot, StoreImageTask, Volume, VolumeState,
+    BundleTask, FastSnapshotRestore, Filter, Image, ImageState, Instance, InstanceState, ListBundleTasksRequest,
+    ListFastSnapshotRestoresRequest, ListImagesRequest, ListInstancesRequest, ListReplaceRootVolumeTasksRequest,
+    ListSnapshotsRequest, ListStoreImageTasksRequest, ListVolumesRequest, PageRequest, ReplaceRootVolumeTask, Snapshot,
+    StoreImageTask, Volume, VolumeState,
 };
 use hearth_types::{ImageId, InstanceId, SnapshotId, VolumeId};
 
@@ -79,6 +80,12 @@ pub async fn list_snapshots(client: &Client, ids: &[String], filters: &[Filter])
         Ok((answer.snapshots, answer.page))
     };
     all_pages(one_page).await
+}
+
+/// Where snapshots are fetched whole; no ids = all of the account.
+pub async fn list_fast_restores(client: &Client, ids: &[String]) -> Result<Vec<FastSnapshotRestore>, CliError> {
+    let request = ListFastSnapshotRestoresRequest { snapshot_ids: ids.to_vec() };
+    Ok(client.unwrap(client.snapshots().list_fast_snapshot_restores(request).await)?.fast_snapshot_restores)
 }
 
 /// A filter for resources with one of these ids; unlike a list by ids, it takes unknown ones.

@@ -1,18 +1,19 @@
 //! `hearth snapshot …`
 
 use hearth_proto::v1::{
-    CopySnapshotRequest, CreateSnapshotRequest, CreateSnapshotsRequest, DeleteSnapshotRequest, GetSnapshotRequest,
+    CopySnapshotRequest, CreateSnapshotRequest, CreateSnapshotsRequest, DeleteSnapshotRequest,
+    DisableFastSnapshotRestoresRequest, EnableFastSnapshotRestoresRequest, FastSnapshotRestore, GetSnapshotRequest,
     Snapshot,
 };
 
 use super::confirm::confirm;
 use super::{Context, lookup};
-use crate::args::{SnapshotCommand, WaitFlags};
+use crate::args::{FastRestoreCommand, SnapshotCommand, WaitFlags};
 use crate::client::{client_token, filters, named_tags};
 use crate::error::CliError;
 use crate::output::{self, View};
 use crate::view::snapshot::name;
-use crate::wait::{self, snapshot::Completed};
+use crate::wait::{self, fast_restore::Whole, snapshot::Completed};
 
 pub async fn run(context: &Context, command: SnapshotCommand) -> Result<(), CliError> {
     let client = &context.client;
@@ -65,9 +66,11 @@ pub async fn run(context: &Context, command: SnapshotCommand) -> Result<(), CliE
             }
             output::print_done(&ids, "snapshot_id", "is deleted", context.output)
         }
-        SnapshotCommand::Copy { snapshot, flags } => {
+        SnapshotCommand::FastRestore(command) => fast_restore(context, command).await,
+        SnapshotCommand::Copy { snapshot, encrypted, flags } => {
             let request = CopySnapshotRequest {
                 source_snapshot_id: lookup::snapshot(client, &snapshot).await?,
+                encrypted,
                 description: flags.description,
                 tags: named_tags(flags.name.as_deref(), &flags.tags),
                 client_token: client_token(flags.client_token)?,
@@ -90,4 +93,42 @@ async fn finish(context: &Context, mut made: Vec<Snapshot>, flags: WaitFlags) ->
     // A script that gave up waiting needs the ids all the more.
     output::print_list(&made, context.output)?;
     waited
+}
+
+async fn fast_restore(context: &Context, command: FastRestoreCommand) -> Result<(), CliError> {
+    let client = &context.client;
+    match command {
+        FastRestoreCommand::Enable { snapshots, places, wait } => {
+            let snapshot_ids = lookup::snapshots(client, &snapshots).await?;
+            let request = EnableFastSnapshotRestoresRequest {
+                snapshot_ids: snapshot_ids.clone(),
+                availability_zones: places.zones,
+                hosts: places.hosts,
+            };
+            let made = client.unwrap(client.snapshots().enable_fast_snapshot_restores(request).await)?;
+            let mut made = made.fast_snapshot_restores;
+            let mut waited = Ok(());
+            if wait.wait {
+                let ids: Vec<String> = made.iter().map(View::id).collect();
+                waited = wait::until::<FastSnapshotRestore>(client, &ids, Whole, wait.timeout).await;
+                made = lookup::list_fast_restores(client, &snapshot_ids).await.unwrap_or(made);
+            }
+            output::print_list(&made, context.output)?;
+            waited
+        }
+        FastRestoreCommand::Disable { snapshots, places } => {
+            let ids = lookup::snapshots(client, &snapshots).await?;
+            let request = DisableFastSnapshotRestoresRequest {
+                snapshot_ids: ids.clone(),
+                availability_zones: places.zones,
+                hosts: places.hosts,
+            };
+            client.unwrap(client.snapshots().disable_fast_snapshot_restores(request).await)?;
+            output::print_done(&ids, "snapshot_id", "is fetched as it is read again", context.output)
+        }
+        FastRestoreCommand::List { snapshots } => {
+            let ids = lookup::snapshots(client, &snapshots).await?;
+            output::print_list(&lookup::list_fast_restores(client, &ids).await?, context.output)
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 pub mod account;
 pub mod bundle;
+pub mod fast_restore;
 pub mod host;
 pub mod image;
 pub mod instance;

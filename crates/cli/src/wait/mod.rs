@@ -1,6 +1,7 @@
 //! `--wait`: follows resources until they are where they should be.
 
 pub mod bundle;
+pub mod fast_restore;
 pub mod image;
 pub mod instance;
 mod reporter;

@@ -27,6 +27,10 @@ pub struct Storage {
     pub modified: Vec<ModifyVolumeRequest>,
     pub deleted: Vec<String>,
     pub sets: Vec<CreateSnapshotsRequest>,
+    pub copies: Vec<CopySnapshotRequest>,
+    pub fast_restores: Vec<EnableFastSnapshotRestoresRequest>,
+    /// How far hosts are, each time somebody looks.
+    pub fast_restore_percents: VecDeque<u32>,
     pub verified: Vec<String>,
     pub findings: Vec<String>,
 }
@@ -159,6 +163,29 @@ impl VolumeService for Fake {
     }
 }
 
+impl Storage {
+    fn fast_restored(&self, progress: u32) -> Vec<FastSnapshotRestore> {
+        let state = match progress {
+            0 => FastSnapshotRestoreState::Enabling,
+            100 => FastSnapshotRestoreState::Enabled,
+            _ => FastSnapshotRestoreState::Optimizing,
+        };
+        let one = |(snapshot_id, host): (&String, &String)| FastSnapshotRestore {
+            snapshot_id: snapshot_id.clone(),
+            host_id: format!("h-{host}"),
+            host_name: host.clone(),
+            state: state.into(),
+            progress,
+            ..FastSnapshotRestore::default()
+        };
+        let each = |request: &EnableFastSnapshotRestoresRequest| {
+            let (ids, hosts) = (&request.snapshot_ids, &request.hosts);
+            ids.iter().flat_map(|id| hosts.iter().map(move |host| (id, host))).map(one).collect::<Vec<_>>()
+        };
+        self.fast_restores.iter().flat_map(each).collect()
+    }
+}
+
 #[tonic::async_trait]
 impl SnapshotService for Fake {
     async fn create_snapshot(&self, request: Request<CreateSnapshotRequest>) -> Answer<Snapshot> {
@@ -201,8 +228,35 @@ impl SnapshotService for Fake {
     }
 
     async fn copy_snapshot(&self, request: Request<CopySnapshotRequest>) -> Answer<Snapshot> {
-        let _state = self.begin(&request)?;
+        self.begin(&request)?.storage.copies.push(request.into_inner());
         Ok(Response::new(snapshot(0x7a, "", SnapshotState::Completed)))
+    }
+
+    async fn enable_fast_snapshot_restores(
+        &self,
+        request: Request<EnableFastSnapshotRestoresRequest>,
+    ) -> Answer<EnableFastSnapshotRestoresResponse> {
+        let mut state = self.begin(&request)?;
+        state.storage.fast_restores.push(request.into_inner());
+        Ok(Response::new(EnableFastSnapshotRestoresResponse { fast_snapshot_restores: state.storage.fast_restored(0) }))
+    }
+
+    async fn disable_fast_snapshot_restores(
+        &self,
+        request: Request<DisableFastSnapshotRestoresRequest>,
+    ) -> Answer<DisableFastSnapshotRestoresResponse> {
+        self.begin(&request)?.storage.fast_restores.clear();
+        Ok(Response::new(DisableFastSnapshotRestoresResponse {}))
+    }
+
+    async fn list_fast_snapshot_restores(
+        &self,
+        request: Request<ListFastSnapshotRestoresRequest>,
+    ) -> Answer<ListFastSnapshotRestoresResponse> {
+        let mut state = self.begin(&request)?;
+        let percent = state.storage.fast_restore_percents.pop_front().unwrap_or(100);
+        let fast_snapshot_restores = state.storage.fast_restored(percent);
+        Ok(Response::new(ListFastSnapshotRestoresResponse { fast_snapshot_restores }))
     }
 
     type WatchSnapshotsStream = ReceiverStream<Result<Snapshot, Status>>;

@@ -44,7 +44,7 @@ pub(crate) async fn clean_up_after_crash(core: &Arc<Core>) -> Result<(), Control
     let api = Api { core: core.clone() };
     for spec in interrupted {
         // What cannot be finished is in error then.
-        if let Err(error) = api.finish_or_fail(&spec).await {
+        if let Err(error) = api.finish(&spec).await {
             tracing::warn!(snapshot = spec.snapshot_id, %error, "an interrupted snapshot could not be finished");
         }
     }

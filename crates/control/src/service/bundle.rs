@@ -400,6 +400,10 @@ fn of_image(tables: &Tables, account: &str, id: &str, new: rec::BundleJob) -> Ap
     let source = image::root_snapshot(spec).ok_or_else(|| ApiError::invalid("image_id", "has no EBS root volume"))?;
     let source = snapshot::find_completed(tables, account, source)?;
     let base = source.base();
+    if storage::is_encrypted(&base) {
+        let message = format!("snapshot {} is encrypted; a bundle would have it in clear", base.snapshot_id);
+        return Err(ApiError::wrong_state("UnsupportedOperation", message).with("snapshot_id", &base.snapshot_id));
+    }
     if base.size_bytes > hearth_snapshot::MAX_BUNDLE_DISK_BYTES {
         let most = hearth_snapshot::MAX_BUNDLE_DISK_BYTES;
         let message = format!("its root disk has {} bytes, a bundle at most {most}", base.size_bytes);
@@ -526,8 +530,7 @@ async fn write(core: &Arc<Core>, id: &str, job: &rec::BundleJob) -> ApiResult<St
     let Some(base) = &job.source else { return Err(ApiError::internal("a bundle of nothing")) };
     task::begin(core, id).await?;
     let manifest = Arc::new(storage::load_manifest(core, base).await?);
-    let domain = base.key_domain.as_ref().map_or(storage::PLAIN_DOMAIN, |domain| domain.name.as_str());
-    let store = core.storage.chunks(domain)?;
+    let store = core.storage.chunks(storage::name_of_domain(base))?;
     let attributes = serde_json::from_str(&job.attributes_json).unwrap_or_default();
     let spec = BundleSpec {
         prefix: job.prefix.clone(),

@@ -63,6 +63,7 @@ impl Api {
                     boot: source.boot.clone(),
                     block_device_mappings: source.block_device_mappings.clone(),
                     source_image: source.image_id.clone(),
+                    encrypt_copy: request.encrypted,
                     image_location: source.image_location.clone(),
                     bundle_sha256: source.bundle_sha256.clone(),
                     ..spec.clone()
@@ -96,18 +97,22 @@ impl Api {
         let spec = &*spec;
         let mut mappings = spec.block_device_mappings.clone();
         let mut made = Vec::new();
+        let mut pending = false;
         for (index, ebs) in mappings.iter_mut().filter_map(|mapping| mapping.ebs.as_mut()).enumerate() {
             if ebs.snapshot_id.is_empty() {
                 continue;
             }
             let description = format!("Copied for {} from {}", spec.image_id, spec.source_image);
             let order = snapshot::order(&spec.account_id, description, Vec::new(), String::new())?;
-            let copied = self.copy_snapshot(order, &ebs.snapshot_id, token_of(spec, index)).await;
+            let copied = self.copy_snapshot(order, &ebs.snapshot_id, spec.encrypt_copy, token_of(spec, index)).await;
             match copied {
                 Ok(copied) if copied.state() == v1::SnapshotState::Completed => {
+                    ebs.encrypted = Some(copied.encrypted);
                     ebs.snapshot_id.clone_from(&copied.snapshot_id);
                     made.push(copied.snapshot_id);
                 }
+                // Its content is being stored anew; looked at again when it has come further.
+                Ok(copied) if copied.state() == v1::SnapshotState::Pending => pending = true,
                 Ok(copied) => {
                     let why = copied.state_reason.map(|reason| reason.message).unwrap_or_default();
                     return self.give_up_copy(spec, &format!("a snapshot could not be copied: {why}")).await;
@@ -116,6 +121,9 @@ impl Api {
                     return self.give_up_copy(spec, &format!("a snapshot could not be copied: {error}")).await;
                 }
             }
+        }
+        if pending {
+            return Ok(());
         }
         let (account, id) = (&spec.account_id, &spec.image_id);
         let (key, status_key) = (keys::image_spec(account, id), keys::image_status(account, id));

@@ -18,6 +18,7 @@ use crate::core::encode;
 use crate::keys;
 use crate::life;
 use crate::mappings;
+use crate::storage;
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 use crate::volumes;
 
@@ -347,24 +348,26 @@ fn check_own(
     }
     for (mapping, ebs) in merged.iter().filter_map(|mapping| Some((mapping, mapping.ebs.as_ref()?))) {
         let slot = agent_spec.volumes.iter().find(|slot| slot.device_name == mapping.device_name);
-        let volume = slot.and_then(|slot| slot.volume.as_ref());
-        if volume.is_some_and(|volume| !volume.backend.is_empty()) {
+        let attached = slot.and_then(|slot| slot.volume.as_ref());
+        if attached.is_some_and(|volume| !volume.backend.is_empty()) {
             return refuse(mapping, "its volume is kept by a volume backend and cannot be snapshotted; leave it out");
         }
-        let attached = volume.map(|volume| volume.size_bytes);
         let least = match (attached, ebs.snapshot_id.as_str()) {
             (Some(_), id) if !id.is_empty() => return refuse(mapping, "a snapshot of the attached volume is made"),
-            (Some(bytes), _) => bytes,
+            (Some(volume), _) if ebs.encrypted.is_some_and(|wanted| wanted != volume.encrypted) => {
+                return refuse(mapping, "the snapshot is encrypted if the volume is; copy the image to encrypt it");
+            }
+            (Some(volume), _) => volume.size_bytes,
             (None, "") => 0,
             (None, id) => {
                 let source = snapshot::find_completed(tables, account, id)?;
                 txn = source.pin(txn);
+                if ebs.encrypted == Some(false) && storage::is_encrypted(&source.base()) {
+                    return refuse(mapping, "a volume made from an encrypted snapshot is encrypted");
+                }
                 source.base().size_bytes
             }
         };
-        if ebs.encrypted == Some(true) {
-            return refuse(mapping, "encrypted volumes are not offered yet");
-        }
         volume::Shape::new(&ebs.volume_type, ebs.volume_size_bytes, least, ebs.iops, ebs.throughput_mibps)?;
     }
     Ok(txn)
@@ -385,7 +388,7 @@ fn mapping_of(tables: &Tables, slot: &v1::AttachedVolume) -> v1::BlockDeviceMapp
             throughput_mibps: (kind == "gp3").then_some(volume.throughput_mibps),
             volume_type: kind,
             delete_on_termination: record.map(|record| record.delete_on_termination),
-            encrypted: None,
+            encrypted: Some(volume.encrypted),
         }),
         ..Default::default()
     }

@@ -90,8 +90,7 @@ impl Api {
             return Err(ApiError::exhausted("RequestLimitExceeded", message));
         };
         let manifest = storage::load_manifest(&self.core, &base).await?;
-        let domain = base.key_domain.map_or_else(|| storage::PLAIN_DOMAIN.to_owned(), |domain| domain.name);
-        let store = self.core.storage.chunks(&domain)?;
+        let store = self.core.storage.chunks(storage::name_of_domain(&base))?;
         let (sender, stream) = mpsc::channel(QUEUE);
         let mut unique = [0u8; 8];
         getrandom::fill(&mut unique)?;

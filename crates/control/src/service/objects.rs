@@ -70,6 +70,15 @@ fn reads_snapshot(tables: &Tables, host: &str, id: &SnapshotKey) -> bool {
     })
 }
 
+/// Whether the host works on something in the key domain.
+fn works_in(tables: &Tables, host: &str, domain: &str) -> bool {
+    if domain == storage::PLAIN_DOMAIN {
+        return true;
+    }
+    let mut here = tables.volumes_on.get(host).into_iter().flatten().filter_map(|volume| tables.volumes.get(volume));
+    here.any(|volume| storage::domain_of(volume) == domain)
+}
+
 /// How an object may be written.
 enum Rule {
     /// Whatever was there: the content has been checked, or nothing depends on it.
@@ -82,7 +91,7 @@ enum Rule {
 async fn check(core: &Core, host: &str, path: &Path, data: &Bytes) -> ApiResult<Rule> {
     let wrong = |why: String| ApiError::invalid("data", format!("{path}: {why}"));
     match classify(path) {
-        ObjectKind::Chunk(domain, chunk) if domain.as_str() == storage::PLAIN_DOMAIN => {
+        ObjectKind::Chunk(domain, chunk) if works_in(&core.tables(), host, domain.as_str()) => {
             // Read back as everybody else will read it. What is there may be the stump of a write, and is replaced.
             let alone = Arc::new(InMemory::new());
             alone.put(path, data.clone().into()).await.map_err(failed)?;
@@ -90,7 +99,7 @@ async fn check(core: &Core, host: &str, path: &Path, data: &Bytes) -> ApiResult<
             let read = ChunkStore::new(alone, keys).get_chunk(&chunk).await;
             read.map(|_| Rule::Replace).map_err(|error| wrong(error.to_string()))
         }
-        ObjectKind::Page(domain, page) if domain.as_str() == storage::PLAIN_DOMAIN => {
+        ObjectKind::Page(domain, page) if works_in(&core.tables(), host, domain.as_str()) => {
             let found = blake3::hash(data).to_hex();
             match *found == page.hash.to_string() {
                 true => Ok(Rule::Replace),

@@ -96,7 +96,7 @@ fn complete(planned: &mappings::PlannedDevices) -> Vec<v1::BlockDeviceMapping> {
             iops: is_provisioned(volume.shape.kind.name()).then_some(volume.shape.iops),
             throughput_mibps: (volume.shape.kind == VolumeType::Gp3).then_some(volume.shape.throughput_mibps),
             delete_on_termination: Some(volume.delete_on_termination),
-            encrypted: None,
+            encrypted: Some(volume.encrypted),
         }),
         ..Default::default()
     });

@@ -223,7 +223,7 @@ impl Plan {
         };
         let volumes = parts.devices.volumes.iter().map(|planned| {
             let base = planned.source.as_ref().map(|source| source.base());
-            let new = volume::new_record(account, &planned.shape, base, now_ms)?;
+            let new = volume::new_record(&core.storage, account, &planned.shape, base, planned.encrypted, now_ms)?;
             let delete = planned.delete_on_termination;
             Ok(volumes::want_attached(&new, id.as_str(), &planned.device_name, delete, now_ms))
         });

@@ -18,7 +18,7 @@ use tonic::{Code, Status, Streaming};
 use v1::agent_message::Message as Up;
 use v1::control_message::Message as Down;
 
-use super::{bundle, reports, snapshot, volume_reports};
+use super::{bundle, fast_restore, reports, snapshot, volume_reports};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
@@ -76,6 +76,7 @@ pub(crate) async fn open(
         sent_volumes: HashMap::new(),
         sent_sets: HashSet::new(),
         sent_bundles: HashSet::new(),
+        sent_fills: Vec::new(),
     };
     core.tasks.spawn(sender.run(commands, kick, is_ready, end.clone()));
     let tasks = core.tasks.clone();
@@ -270,6 +271,8 @@ struct Sender {
     sent_sets: HashSet<String>,
     /// Bundles that it has been told of.
     sent_bundles: HashSet<String>,
+    /// Snapshots that it is to have whole, as it has been told.
+    sent_fills: Vec<v1::BaseSnapshot>,
 }
 
 /// Volumes that are to leave a host, or to be made at their backend.
@@ -328,6 +331,7 @@ impl Sender {
             volumes: news.volumes,
             snapshot_sets: news.sets,
             bundles: news.bundles,
+            fills: news.fills,
         };
         if !self.send(Down::Desired(desired)).await {
             return;
@@ -377,7 +381,10 @@ impl Sender {
         let cancelled_bundles = self.sent_bundles.iter().filter(|id| !wanted.contains(*id)).cloned().collect();
         bundles.retain(|bundle| !self.sent_bundles.contains(&bundle.bundle_id));
         self.sent_bundles = wanted;
-        News { instances, volumes, sets, cancelled, bundles, cancelled_bundles }
+        let wanted = fast_restore::desired(&tables, &self.host);
+        let fills = (wanted != self.sent_fills).then(|| storage.desired_fills(&wanted));
+        self.sent_fills = wanted;
+        News { instances, volumes, sets, cancelled, bundles, cancelled_bundles, fills }
     }
 
     async fn send_changes(&mut self) -> bool {
@@ -390,7 +397,9 @@ impl Sender {
         let bundles = news.bundles.into_iter().map(Down::Bundle);
         let called_off = news.cancelled_bundles.into_iter();
         let called_off = called_off.map(|bundle_id| Down::CancelBundle(v1::CancelBundle { bundle_id }));
-        for message in sets.chain(cancelled).chain(instances).chain(volumes).chain(bundles).chain(called_off) {
+        let fills = news.fills.into_iter().map(Down::Fills);
+        let rest = bundles.chain(called_off).chain(fills);
+        for message in sets.chain(cancelled).chain(instances).chain(volumes).chain(rest) {
             if !self.send(message).await {
                 return false;
             }
@@ -413,6 +422,8 @@ struct News {
     cancelled: Vec<String>,
     bundles: Vec<v1::DesiredBundle>,
     cancelled_bundles: Vec<String>,
+    /// All that it is to have whole, when that has changed.
+    fills: Option<v1::DesiredFills>,
 }
 
 /// The upward half.
@@ -458,6 +469,7 @@ impl Receiver {
             Up::Volume(report) => self.take_volume(report).await,
             Up::Snapshot(report) => self.take_snapshot(report).await,
             Up::Bundle(report) => self.take_bundle(report).await,
+            Up::Fill(report) => self.take_fill(report),
             Up::ConsoleOutput(report) => self.core.consoles.answer(&self.host, report),
         }
     }
@@ -495,6 +507,12 @@ impl Receiver {
         }
     }
 
+    fn take_fill(&self, report: v1::FillReport) {
+        if fast_restore::is_wanted(&self.core.tables(), &self.host, &report.snapshot_id) {
+            self.core.fills.report(&self.host, report);
+        }
+    }
+
     async fn take_bundle(&self, report: v1::BundleReport) {
         let bundle = report.bundle_id.clone();
         if let Err(error) = bundle::apply_report(&self.core, &self.host, report).await {
@@ -514,6 +532,8 @@ impl Receiver {
         for volume in report.volumes {
             self.take_volume(volume).await;
         }
+        self.core.fills.forget(&self.host);
+        report.fills.into_iter().for_each(|fill| self.take_fill(fill));
         let staged: HashSet<String> = report.snapshots.iter().map(|report| report.snapshot_id.clone()).collect();
         for snapshot in report.snapshots {
             self.take_snapshot(snapshot).await;

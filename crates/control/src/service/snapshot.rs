@@ -151,8 +151,11 @@ pub(crate) fn find_completed(tables: &Tables, account: &str, id: &str) -> ApiRes
     check_id(id)?;
     let usable = |spec: &rec::SnapshotSpec| {
         let owner = tables.accounts.get(&spec.account_id);
+        // What is encrypted is for its account alone.
         spec.account_id == account
-            || (owner.is_some_and(|owner| owner.is_operator) && !images_with(tables, &spec.snapshot_id).is_empty())
+            || (owner.is_some_and(|owner| owner.is_operator)
+                && !spec.encrypted
+                && !images_with(tables, &spec.snapshot_id).is_empty())
     };
     let entry = tables.snapshots.get(id).ok_or_else(|| not_found(&[id]))?;
     let spec = shown(entry).filter(|spec| usable(spec)).ok_or_else(|| not_found(&[id]))?;
@@ -198,7 +201,7 @@ pub(crate) fn new_record(tables: &Tables, order: &Order, spec: &rec::VolumeSpec)
         created_ms: clock::now_ms(),
         client_token: order.client_token.clone(),
         encrypted: spec.encrypted,
-        key_domain: storage::domain_of(spec).to_owned(),
+        key_domain: storage::domain_of(spec),
         host_id: spec.host_id.clone(),
         set_id: order.set_id.clone(),
         instance_id: spec.instance_id.clone(),
@@ -206,6 +209,7 @@ pub(crate) fn new_record(tables: &Tables, order: &Order, spec: &rec::VolumeSpec)
         epoch: storage::epoch(tables),
         volume: Some(host_volume),
         deleted: false,
+        fast_restores: Vec::new(),
     })
 }
 
@@ -271,7 +275,7 @@ impl Api {
             let txn = token.as_ref().map_or(txn.clone(), |token| token.record(txn, &made));
             if self.core.commit(txn).await? == Commit::Done {
                 for spec in specs.iter().filter(|spec| spec.host_id.is_empty()) {
-                    self.finish_or_fail(spec).await?;
+                    self.finish(spec).await?;
                 }
                 ids = Some(made);
                 break;
@@ -282,6 +286,37 @@ impl Api {
         let tables = self.core.tables();
         let found = ids.iter().filter_map(|id| find(&tables, &order.account, id).ok());
         Ok(found.map(|(spec, status)| view(&self.core, spec, status.map(|status| &*status.value))).collect())
+    }
+
+    /// Finishes what no host has to do with: at once if it shares everything with what it is made from, in the background if its
+    /// content is to be stored anew. A crash in between is noticed at the next start.
+    pub(crate) async fn finish(&self, spec: &rec::SnapshotSpec) -> ApiResult<()> {
+        if !storage::changes_domain(spec) {
+            return self.finish_or_fail(spec).await;
+        }
+        // The content is that of a manifest, which does not change any more.
+        let status = rec::SnapshotStatus { schema_version: SCHEMA_VERSION, frozen: true, ..Default::default() };
+        let key = keys::snapshot_status(&spec.account_id, &spec.snapshot_id);
+        let txn = Txn::new()
+            .compare_exists(keys::snapshot_spec(&spec.account_id, &spec.snapshot_id))
+            .compare_absent(&key)
+            .put(&key, encode(&status));
+        self.core.commit(txn).await?;
+        let (api, spec) = (self.clone(), spec.clone());
+        tokio::spawn(async move {
+            let stop = api.core.stop.clone();
+            let finished = api.finish_or_fail(&spec);
+            tokio::select! {
+                finished = finished => {
+                    if let Err(error) = finished {
+                        tracing::warn!(snapshot = spec.snapshot_id, %error, "the copy of a snapshot failed");
+                    }
+                }
+                // Done again after the next start.
+                () = stop.cancelled() => {}
+            }
+        });
+        Ok(())
     }
 
     /// [`Self::finish_untouched`]; what cannot be finished does not stay pending.
@@ -454,14 +489,15 @@ impl Api {
         check::client_token(&token_text)?;
         let token = ClientToken::new(&account, "CopySnapshot", &token_text, &request);
         let order = order(&account, request.description, request.tags, token_text)?;
-        self.copy_snapshot(order, &request.source_snapshot_id, token).await
+        self.copy_snapshot(order, &request.source_snapshot_id, request.encrypted, token).await
     }
 
-    /// A snapshot of its own with the content of another, once for each token.
+    /// A snapshot of its own with the content of another, once for each token; encrypted if that is wished or the other one is.
     pub(crate) async fn copy_snapshot(
         &self,
         order: Order,
         source_id: &str,
+        encrypted: bool,
         token: Option<ClientToken>,
     ) -> ApiResult<v1::Snapshot> {
         let account = order.account.clone();
@@ -474,15 +510,16 @@ impl Api {
                     return Ok(view(&self.core, spec, status.map(|status| &*status.value)));
                 }
                 let source = find_completed(&tables, &account, source_id)?;
-                // A manifest of its own over the same chunks.
+                // A manifest of its own, over the same chunks unless they are to be encrypted.
                 let volume = rec::VolumeSpec {
                     volume_id: NO_VOLUME.to_owned(),
+                    account_id: account.clone(),
                     volume: Some(v1::HostVolume {
                         size_bytes: source.spec.volume_bytes,
                         base: Some(source.base()),
                         ..Default::default()
                     }),
-                    encrypted: source.spec.encrypted,
+                    encrypted: encrypted || source.spec.encrypted,
                     ..Default::default()
                 };
                 let spec = new_record(&tables, &order, &volume)?;
@@ -493,7 +530,7 @@ impl Api {
                 (spec, txn)
             };
             if self.core.commit(txn).await? == Commit::Done {
-                self.finish_or_fail(&spec).await?;
+                self.finish(&spec).await?;
                 let tables = self.core.tables();
                 let (spec, status) = find(&tables, &account, &spec.snapshot_id)?;
                 return Ok(view(&self.core, spec, status.map(|status| &*status.value)));
@@ -590,6 +627,31 @@ impl v1::snapshot_service_server::SnapshotService for Api {
         let account = auth::caller(&request)?.account_id;
         let (api, request) = (self.clone(), request.into_inner());
         Ok(Response::new(detached(&self.core, async move { api.do_copy_snapshot(account, request).await }).await?))
+    }
+
+    async fn enable_fast_snapshot_restores(
+        &self,
+        request: Request<v1::EnableFastSnapshotRestoresRequest>,
+    ) -> Answer<v1::EnableFastSnapshotRestoresResponse> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_enable_fast_restores(&account, request.into_inner()).await?))
+    }
+
+    async fn disable_fast_snapshot_restores(
+        &self,
+        request: Request<v1::DisableFastSnapshotRestoresRequest>,
+    ) -> Answer<v1::DisableFastSnapshotRestoresResponse> {
+        let account = auth::caller(&request)?.account_id;
+        self.do_disable_fast_restores(&account, request.into_inner()).await?;
+        Ok(Response::new(v1::DisableFastSnapshotRestoresResponse {}))
+    }
+
+    async fn list_fast_snapshot_restores(
+        &self,
+        request: Request<v1::ListFastSnapshotRestoresRequest>,
+    ) -> Answer<v1::ListFastSnapshotRestoresResponse> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_fast_restores(&account, request.get_ref())?))
     }
 
     type WatchSnapshotsStream = Pin<Box<dyn Stream<Item = Result<v1::Snapshot, Status>> + Send>>;

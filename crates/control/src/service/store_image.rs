@@ -297,6 +297,10 @@ fn of_image(tables: &Tables, account: &str, id: &str, object_key: &str) -> ApiRe
     for mapping in &spec.block_device_mappings {
         let Some(ebs) = mapping.ebs.as_ref().filter(|ebs| !ebs.snapshot_id.is_empty()) else { continue };
         let source = snapshot::find_completed(tables, account, &ebs.snapshot_id)?;
+        if storage::is_encrypted(&source.base()) {
+            let message = format!("snapshot {} is encrypted; an image object would have it in clear", ebs.snapshot_id);
+            return Err(ApiError::wrong_state("UnsupportedOperation", message).with("snapshot_id", &ebs.snapshot_id));
+        }
         txn = source.pin(txn);
         disks.push(rec::StoredDisk { device_name: mapping.device_name.clone(), source: Some(source.base()) });
     }
@@ -406,7 +410,7 @@ async fn write(core: &Arc<Core>, id: &str, job: &rec::StoreImageJob) -> ApiResul
     let mut disks = Vec::new();
     for disk in &job.disks {
         let Some(base) = &disk.source else { continue };
-        let domain = base.key_domain.as_ref().map_or(storage::PLAIN_DOMAIN, |domain| domain.name.as_str());
+        let domain = storage::name_of_domain(base);
         let manifest = Arc::new(storage::load_manifest(core, base).await?);
         disks.push(ArchiveDisk { name: disk.device_name.clone(), store: core.storage.chunks(domain)?, manifest });
     }

@@ -21,7 +21,7 @@ use crate::clock;
 use crate::core::{Commit, encode};
 use crate::keys;
 use crate::paging::Pager;
-use crate::storage;
+use crate::storage::{self, Storage};
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 use crate::volumes;
 
@@ -116,14 +116,18 @@ impl Shape {
     }
 }
 
-/// A new volume's record, nowhere yet.
+/// A new volume's record, nowhere yet. It is encrypted if that is asked for or what it is made from is.
 pub(crate) fn new_record(
+    storage: &Storage,
     account: &str,
     shape: &Shape,
     base: Option<v1::BaseSnapshot>,
+    encrypted: bool,
     now_ms: u64,
 ) -> ApiResult<rec::VolumeSpec> {
     let volume_id = VolumeId::generate()?.to_string();
+    let encrypted = encrypted || base.as_ref().is_some_and(storage::is_encrypted);
+    let data_key = if encrypted { storage.new_data_key(&volume_id)? } else { bytes::Bytes::new() };
     Ok(rec::VolumeSpec {
         schema_version: SCHEMA_VERSION,
         volume_id: volume_id.clone(),
@@ -136,9 +140,11 @@ pub(crate) fn new_record(
             base,
             iops: shape.iops,
             throughput_mibps: shape.throughput_mibps,
-            data_key: bytes::Bytes::new(),
+            data_key,
+            encrypted,
             backend: String::new(),
         }),
+        encrypted,
         volume_type: shape.kind.name().to_owned(),
         created_ms: now_ms,
         ..Default::default()
@@ -241,7 +247,7 @@ impl Api {
         let least = base.as_ref().map_or(0, |base| base.size_bytes);
         let shape =
             Shape::new(&request.volume_type, request.size_bytes, least, request.iops, request.throughput_mibps)?;
-        let mut spec = new_record(account, &shape, base, clock::now_ms())?;
+        let mut spec = new_record(&self.core.storage, account, &shape, base, request.encrypted, clock::now_ms())?;
         spec.availability_zone = storage::zone(tables, &request.availability_zone)?;
         spec.tags.clone_from(&request.tags);
         spec.client_token = token_text.to_owned();
@@ -258,9 +264,6 @@ impl Api {
             spec.creating = true;
             spec.host_id = host;
             spec.generation = 1;
-        }
-        if request.encrypted {
-            return Err(ApiError::invalid("encrypted", "encrypted volumes are not offered yet"));
         }
         txn = txn.put(keys::volume(account, &spec.volume_id), encode(&spec));
         if let Some(token) = token {

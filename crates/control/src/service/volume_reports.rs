@@ -92,7 +92,7 @@ fn release_base(spec: &rec::VolumeSpec, root: &str) -> v1::BaseSnapshot {
         snapshot_id: storage::release_manifest_id(spec),
         root: root.to_owned(),
         size_bytes: spec.volume.as_ref().map_or(0, |volume| volume.size_bytes),
-        key_domain: Some(v1::KeyDomain { name: storage::domain_of(spec).to_owned(), ..Default::default() }),
+        key_domain: Some(v1::KeyDomain { name: storage::domain_of(spec), ..Default::default() }),
     }
 }
 

@@ -100,6 +100,8 @@ pub struct Memory {
     pub snapshots: BTreeMap<String, v1::SnapshotReport>,
     /// Content that guests wrote since the last snapshot, by volume and chunk.
     pub written: BTreeMap<String, BTreeMap<u64, u8>>,
+    /// Snapshots that the host is to have whole.
+    pub fills: Vec<v1::BaseSnapshot>,
 }
 
 #[derive(Clone)]
@@ -212,7 +214,7 @@ impl FakeAgent {
             }
             let instances = memory.has.values().map(|had| had.report.clone()).collect();
             let snapshots = memory.snapshots.values().cloned().collect();
-            (hello, v1::FullReport { sequence: 0, instances, volumes: Vec::new(), snapshots })
+            (hello, v1::FullReport { sequence: 0, instances, volumes: Vec::new(), snapshots, fills: Vec::new() })
         };
         up.send(v1::AgentMessage { message: Some(Up::Hello(hello)) }).await.unwrap();
         up.send(v1::AgentMessage { message: Some(Up::FullReport(full)) }).await.unwrap();
@@ -262,6 +264,7 @@ impl FakeAgent {
                 for bundle in all.bundles {
                     self.take_bundle(bundle, up).await;
                 }
+                self.memory.lock().fills = all.fills.unwrap_or_default().snapshots;
             }
             Down::Instance(desired) => self.take(desired, up).await,
             Down::Volume(volume) => self.let_go(volume, up).await,
@@ -290,6 +293,7 @@ impl FakeAgent {
                 let client = client.clone();
                 tokio::spawn(crate::console::echo_console(client, command));
             }
+            Down::Fills(fills) => self.memory.lock().fills = fills.snapshots,
             Down::ReportAll(_) => {}
         }
     }
@@ -307,6 +311,11 @@ impl FakeAgent {
         }
     }
 
+    fn chunks(&self, domain: &v1::KeyDomain) -> ChunkStore {
+        let secret: [u8; 32] = domain.secret[..].try_into().expect("a secret of 32 bytes");
+        ChunkStore::new(self.objects.clone(), KeyDomain::new(KeyDomainId::new(&domain.name).unwrap(), &secret))
+    }
+
     /// Uploads what guests wrote over what was there before.
     async fn upload(
         &self,
@@ -317,9 +326,8 @@ impl FakeAgent {
         epoch: u32,
         written: BTreeMap<u64, u8>,
     ) -> String {
-        let secret: [u8; 32] = domain.secret[..].try_into().expect("a secret of 32 bytes");
-        let store =
-            ChunkStore::new(self.objects.clone(), KeyDomain::new(KeyDomainId::new(&domain.name).unwrap(), &secret));
+        let store = self.chunks(domain);
+        let base = parent;
         let parent = match parent {
             Some(base) => {
                 let root = base.root.parse().unwrap();
@@ -330,7 +338,19 @@ impl FakeAgent {
         };
         let spec =
             ManifestSpec { id: SnapshotKey::new(id).unwrap(), size_bytes: volume.size_bytes, epoch: Epoch(epoch) };
+        // From another key domain nothing can be taken over.
+        let (parent, before) = match parent {
+            Some(parent) if parent.domain() != store.domain().id() => (None, Some(parent)),
+            parent => (parent, None),
+        };
         let mut writer = ManifestWriter::new(spec, parent.as_ref()).unwrap();
+        if let (Some(before), Some(base)) = (before, base) {
+            let from = self.chunks(base.key_domain.as_ref().unwrap());
+            for chunk in before.chunks().filter(|chunk| !written.contains_key(chunk)) {
+                let content = before.read_chunk(&from, chunk).await.unwrap().unwrap();
+                writer.set(chunk, store.put_chunk(Epoch(epoch), content).await.unwrap()).unwrap();
+            }
+        }
         for (chunk, byte) in written {
             let content = Bytes::from(vec![byte; CHUNK_BYTES]);
             writer.set(chunk, store.put_chunk(Epoch(epoch), content).await.unwrap()).unwrap();

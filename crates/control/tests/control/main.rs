@@ -13,6 +13,8 @@ mod attributes;
 mod backends;
 mod bundles;
 mod crash;
+mod encryption;
+mod fast_restore;
 mod hostile;
 mod images;
 mod lease;

@@ -34,7 +34,6 @@ async fn volumes_are_made_found_and_deleted() {
         (R { availability_zone: "moon-1a".into(), ..blank(1) }, "InvalidZone.NotFound"),
         (R { snapshot_id: unknown, ..blank(1) }, "InvalidSnapshot.NotFound"),
         (R { snapshot_id: "snap-1".into(), ..blank(1) }, "InvalidSnapshotID.Malformed"),
-        (R { encrypted: true, ..blank(1) }, "InvalidParameterValue"),
         (R { tags: vec![tag("", "x")], ..blank(1) }, "InvalidParameterValue"),
         (R { dry_run: true, ..blank(1) }, "DryRunOperation"),
     ];

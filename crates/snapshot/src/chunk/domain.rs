@@ -46,6 +46,7 @@ struct Keys {
     name: [u8; 32],
     content: [u8; 32],
     nonce: [u8; 32],
+    on_hosts: [u8; 32],
 }
 
 impl fmt::Debug for KeyDomain {
@@ -62,6 +63,7 @@ impl KeyDomain {
             name: blake3::derive_key("hearth 2026-11-23 names of chunks", secret),
             content: blake3::derive_key("hearth 2026-11-23 content keys of chunks", secret),
             nonce: blake3::derive_key("hearth 2026-11-23 nonces of chunks", secret),
+            on_hosts: blake3::derive_key("hearth 2026-11-24 keys of content on hosts", secret),
         };
         Self { id, keys: Arc::new(keys) }
     }
@@ -74,6 +76,13 @@ impl KeyDomain {
     /// The name of a chunk's content.
     pub fn name_of(&self, content: &[u8]) -> ChunkHash {
         ChunkHash(*blake3::keyed_hash(&self.keys.name, content).as_bytes())
+    }
+
+    /// 64 bytes of key material for a host's own copy of the manifest with this root (hex).
+    pub fn key_on_hosts(&self, root: &str) -> [u8; 64] {
+        let mut key = [0; 64];
+        blake3::Hasher::new_keyed(&self.keys.on_hosts).update(root.as_bytes()).finalize_xof().fill(&mut key);
+        key
     }
 
     /// The AES-256 key of the chunk with this name.

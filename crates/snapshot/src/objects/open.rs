@@ -105,9 +105,11 @@ fn open_s3(url: &Url, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>, St
         backoff: BackoffConfig {
             init_backoff: Duration::from_millis(100),
             max_backoff: Duration::from_secs(10),
-            base: 2.,
+            // The next pause is anything up to this times the last one: with less than e they do not grow.
+            base: 3.,
         },
-        max_retries: 20,
+        // Pauses are random and often short: only the time says how long an outage is waited for.
+        max_retries: usize::MAX,
         retry_timeout: options.retry_timeout.unwrap_or(Duration::from_secs(120)),
     };
     let mut builder = AmazonS3Builder::new()

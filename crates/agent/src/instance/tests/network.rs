@@ -24,7 +24,7 @@ use super::world::World;
 use crate::instance::Attachment;
 use crate::instance::volumes::Slots;
 use crate::launch::{Backing, Disk, DiskControl, DiskLimits, FreezeDisk, LaunchError};
-use crate::storage::{Bases, HostVolumes, NetworkVolumes};
+use crate::storage::{Bases, HostVolumes, Keyring, NetworkVolumes};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,7 +106,8 @@ impl Site {
         });
         let backend = Backend::new(&settings, tokio::runtime::Handle::current()).unwrap();
         let objects = hearth_snapshot::open_store("memory:", &hearth_snapshot::StoreOptions::default()).unwrap();
-        let bases = Arc::new(Bases::new(layout.clone(), objects, "boot".into(), 0));
+        let keyring = Keyring::of_domains(&layout, &[]);
+        let bases = Arc::new(Bases::new(layout.clone(), objects, keyring, "boot".into(), 0));
         HostVolumes::new(layout.clone(), bases).unwrap().with_network(NetworkVolumes::new(layout, vec![backend]))
     }
 }

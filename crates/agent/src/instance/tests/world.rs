@@ -27,7 +27,7 @@ use crate::launch::{
 use crate::net::{HostNet, HostNetError, Metadata, NicRequest};
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{Bases, HostVolumes, Snapshots, chunk_store};
+use crate::storage::{Bases, Fills, HostVolumes, Keyring, Snapshots};
 use crate::supervisor::Supervisor;
 
 pub const IMAGE: &str = "ami-0123456789abcdef0";
@@ -314,6 +314,10 @@ impl HostNet for Network {
     }
 }
 
+fn domain() -> v1::KeyDomain {
+    v1::KeyDomain { name: "plain".into(), secret: vec![7; 32].into(), encrypt_on_hosts: false }
+}
+
 /// An object store with one snapshot, of [`image`].
 fn store() -> &'static (Arc<dyn ObjectStore>, v1::BaseSnapshot) {
     static STORE: OnceLock<(Arc<dyn ObjectStore>, v1::BaseSnapshot)> = OnceLock::new();
@@ -324,8 +328,9 @@ fn store() -> &'static (Arc<dyn ObjectStore>, v1::BaseSnapshot) {
             runtime.block_on(async {
                 let objects =
                     hearth_snapshot::open_store("memory:", &hearth_snapshot::StoreOptions::default()).unwrap();
-                let domain = v1::KeyDomain { name: "plain".into(), secret: vec![7; 32].into() };
-                let chunks = chunk_store(&objects, Some(&domain)).unwrap();
+                let nowhere = Layout::new(Path::new("/nonexistent"), Path::new("/nonexistent"));
+                let keyring = Keyring::of_domains(&nowhere, &[domain()]);
+                let chunks = keyring.chunk_store(&objects, Some(&domain())).unwrap();
                 let size_bytes = image().len() as u64;
                 let spec = ManifestSpec { id: SnapshotKey::new(SNAPSHOT).unwrap(), size_bytes, epoch: Epoch(0) };
                 let read = |chunk: u64| {
@@ -338,7 +343,7 @@ fn store() -> &'static (Arc<dyn ObjectStore>, v1::BaseSnapshot) {
                 let made = SnapshotUpload::new(chunks, spec, None).run(&source).await.unwrap();
                 let root = made.manifest.root_hash.to_string();
                 let base =
-                    v1::BaseSnapshot { snapshot_id: SNAPSHOT.into(), root, size_bytes, key_domain: Some(domain) };
+                    v1::BaseSnapshot { snapshot_id: SNAPSHOT.into(), root, size_bytes, key_domain: Some(domain()) };
                 (objects, base)
             })
         })
@@ -412,16 +417,19 @@ impl Agent {
         folder(layout.run_root());
         let crash = CrashPoint::default();
         let capacity = Resources { vcpus: 4, memory_mib: 512, ecu_milli: 0, instance_store_bytes: 1 << 30 };
-        let bases = Arc::new(Bases::new(layout.clone(), objects, "boot".into(), 0));
+        let keyring = Keyring::of_domains(&layout, &[domain()]);
+        let bases = Arc::new(Bases::new(layout.clone(), objects, keyring, "boot".into(), 0));
         let volumes = Arc::new(HostVolumes::new(layout.clone(), bases).unwrap());
         let reports = Arc::new(Reports::default());
         let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone()).unwrap();
+        let fills = Fills::new(volumes.bases().clone(), reports.clone());
         let host = Arc::new(Host {
             layout: layout.clone(),
             launcher: Arc::new(Launcher { world: world.clone(), crash: crash.clone() }),
             network: Arc::new(Network(world.clone())),
             volumes,
             snapshots: Arc::new(snapshots),
+            fills,
             boot: Arc::new(BootLoader::new(&layout.kernels()).unwrap()),
             admission: Admission::new(capacity, 100),
             calibration: Calibration { machine: "test".into(), threads: 4, ecu_milli_per_thread: 1000 },

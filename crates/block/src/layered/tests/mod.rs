@@ -7,3 +7,4 @@ mod invariants;
 mod models;
 mod real;
 mod world;
+mod writers;

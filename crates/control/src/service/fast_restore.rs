@@ -1,0 +1,231 @@
+//! Fast snapshot restore: hosts that have all content of a snapshot before anybody asks for it. Unlike EC2's it costs no credits
+//! and can be had for single hosts.
+//! Source: <https://docs.aws.amazon.com/ebs/latest/userguide/ebs-fast-snapshot-restore.html>
+
+use std::collections::HashMap;
+
+use hearth_proto::record::v1 as rec;
+use hearth_proto::v1;
+use hearth_store::Txn;
+use parking_lot::Mutex;
+
+use super::{Api, host, snapshot};
+use crate::api_error::{ApiError, ApiResult};
+use crate::check;
+use crate::clock;
+use crate::core::encode;
+use crate::keys;
+use crate::tables::Tables;
+
+/// EC2's limit of snapshots of one account and region.
+const MAX_SNAPSHOTS: usize = 5;
+
+/// What connected hosts have said, by host and snapshot. Learned anew after a restart.
+#[derive(Default)]
+pub(crate) struct Fills(Mutex<HashMap<String, HashMap<String, v1::FillReport>>>);
+
+impl Fills {
+    pub fn report(&self, host: &str, report: v1::FillReport) {
+        self.0.lock().entry(host.to_owned()).or_default().insert(report.snapshot_id.clone(), report);
+    }
+
+    /// Before the host says everything anew.
+    pub fn forget(&self, host: &str) {
+        self.0.lock().remove(host);
+    }
+
+    fn get(&self, host: &str, snapshot: &str) -> Option<v1::FillReport> {
+        self.0.lock().get(host)?.get(snapshot).cloned()
+    }
+}
+
+fn zone_of<'a>(tables: &'a Tables, host: &str) -> &'a str {
+    let status = tables.hosts.get(host).and_then(|entry| entry.status.as_ref());
+    status.map_or("", |status| status.availability_zone.as_str())
+}
+
+/// Why a host is to have a snapshot.
+fn wish<'a>(tables: &Tables, spec: &'a rec::SnapshotSpec, host: &str) -> Option<&'a rec::FastRestore> {
+    let zone = zone_of(tables, host);
+    spec.fast_restores.iter().find(|wish| match wish.host_id.as_str() {
+        "" => wish.availability_zone == zone,
+        id => id == host,
+    })
+}
+
+/// What a host is to have.
+pub(crate) fn desired(tables: &Tables, host: &str) -> Vec<v1::BaseSnapshot> {
+    let mut wanted = Vec::new();
+    for (id, entry) in &tables.snapshots {
+        let Some(spec) = entry.spec.as_ref().filter(|spec| !spec.deleted && wish(tables, spec, host).is_some()) else {
+            continue;
+        };
+        // It was complete when this was asked for.
+        if let Ok(source) = snapshot::find_completed(tables, &spec.account_id, id) {
+            wanted.push(source.base());
+        }
+    }
+    wanted
+}
+
+/// Whether a host has a wish for this snapshot.
+pub(crate) fn is_wanted(tables: &Tables, host: &str, snapshot: &str) -> bool {
+    tables.snapshot(snapshot).is_some_and(|(spec, _)| wish(tables, &spec, host).is_some())
+}
+
+impl Api {
+    fn fast_restores(&self, tables: &Tables, account: &str, ids: &[String]) -> Vec<v1::FastSnapshotRestore> {
+        let mut found = Vec::new();
+        for (id, entry) in &tables.snapshots {
+            let Some(spec) = entry.spec.as_ref().filter(|spec| spec.account_id == account && !spec.deleted) else {
+                continue;
+            };
+            if !ids.is_empty() && !ids.contains(id) {
+                continue;
+            }
+            for host in tables.hosts.keys() {
+                if let Some(wish) = wish(tables, spec, host) {
+                    found.push(self.fast_restore(tables, id, host, wish));
+                }
+            }
+        }
+        found.sort_by(|a, b| (&a.snapshot_id, &a.host_id).cmp(&(&b.snapshot_id, &b.host_id)));
+        found
+    }
+
+    fn fast_restore(&self, tables: &Tables, id: &str, host: &str, wish: &rec::FastRestore) -> v1::FastSnapshotRestore {
+        let said = Some(()).filter(|()| self.core.live.connected(host)).and_then(|()| self.core.fills.get(host, id));
+        let (state, progress) = match &said {
+            None => (v1::FastSnapshotRestoreState::Enabling, 0),
+            Some(said) if said.present_chunks >= said.total_chunks && said.error.is_empty() => {
+                (v1::FastSnapshotRestoreState::Enabled, 100)
+            }
+            Some(said) => {
+                let percent = u128::from(said.present_chunks) * 100 / u128::from(said.total_chunks.max(1));
+                (v1::FastSnapshotRestoreState::Optimizing, u32::try_from(percent.min(100)).unwrap_or(100))
+            }
+        };
+        let spec = tables.host(host).map(|(spec, _)| spec);
+        v1::FastSnapshotRestore {
+            snapshot_id: id.to_owned(),
+            host_id: host.to_owned(),
+            host_name: spec.map(|spec| spec.name.clone()).unwrap_or_default(),
+            availability_zone: zone_of(tables, host).to_owned(),
+            state: state.into(),
+            progress,
+            reason: said.map(|said| said.error).unwrap_or_default(),
+            enabling_time: clock::rfc3339(wish.enabled_ms),
+        }
+    }
+
+    /// Wishes for each zone and host that is named.
+    fn wishes(&self, tables: &Tables, zones: &[String], hosts: &[String]) -> ApiResult<Vec<rec::FastRestore>> {
+        let enabled_ms = clock::now_ms();
+        let mut wishes = Vec::new();
+        for zone in zones {
+            let availability_zone = crate::storage::zone(tables, zone)?;
+            wishes.push(rec::FastRestore { availability_zone, host_id: String::new(), enabled_ms });
+        }
+        for name in hosts {
+            let host_id = host::find(tables, name)?.host_id.clone();
+            wishes.push(rec::FastRestore { availability_zone: String::new(), host_id, enabled_ms });
+        }
+        Ok(wishes)
+    }
+
+    async fn change_fast_restores(
+        &self,
+        account: &str,
+        ids: &[String],
+        change: impl Fn(&Tables, &mut Vec<rec::FastRestore>) -> ApiResult<()>,
+    ) -> ApiResult<()> {
+        let hosts = self
+            .core
+            .update(|tables| {
+                let mut txn = Txn::new();
+                for id in ids {
+                    // Only what is complete can be had.
+                    snapshot::find_completed(tables, account, id)?;
+                    let (spec, _) = snapshot::find(tables, account, id)?;
+                    let mut new = (*spec.value).clone();
+                    change(tables, &mut new.fast_restores)?;
+                    let key = keys::snapshot_spec(account, id);
+                    txn = txn.compare_mod_revision(&key, spec.revision).put(&key, encode(&new));
+                }
+                Ok((Some(txn), tables.hosts.keys().cloned().collect::<Vec<String>>()))
+            })
+            .await?;
+        hosts.iter().for_each(|host| self.core.live.kick(host));
+        Ok(())
+    }
+
+    pub(crate) async fn do_enable_fast_restores(
+        &self,
+        account: &str,
+        request: v1::EnableFastSnapshotRestoresRequest,
+    ) -> ApiResult<v1::EnableFastSnapshotRestoresResponse> {
+        let ids = check::ids("snapshot_ids", &request.snapshot_ids)?;
+        if request.availability_zones.is_empty() && request.hosts.is_empty() {
+            return Err(ApiError::missing("availability_zones or hosts"));
+        }
+        self.change_fast_restores(account, &ids, |tables, known| {
+            let others = tables.snapshots.iter().filter(|(id, entry)| {
+                let with = |spec: &rec::SnapshotSpec| {
+                    spec.account_id == account && !spec.deleted && !spec.fast_restores.is_empty()
+                };
+                !ids.contains(id) && entry.spec.as_deref().is_some_and(with)
+            });
+            if others.count() + ids.len() > MAX_SNAPSHOTS {
+                let message = format!("fast restore is for at most {MAX_SNAPSHOTS} snapshots of an account");
+                return Err(ApiError::exhausted("FastSnapshotRestoreLimitExceeded", message));
+            }
+            for wish in self.wishes(tables, &request.availability_zones, &request.hosts)? {
+                let same = |other: &rec::FastRestore| {
+                    (&other.availability_zone, &other.host_id) == (&wish.availability_zone, &wish.host_id)
+                };
+                if !known.iter().any(same) {
+                    known.push(wish);
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        let tables = self.core.tables();
+        Ok(v1::EnableFastSnapshotRestoresResponse {
+            fast_snapshot_restores: self.fast_restores(&tables, account, &ids),
+        })
+    }
+
+    pub(crate) async fn do_disable_fast_restores(
+        &self,
+        account: &str,
+        request: v1::DisableFastSnapshotRestoresRequest,
+    ) -> ApiResult<()> {
+        let ids = check::ids("snapshot_ids", &request.snapshot_ids)?;
+        let everywhere = request.availability_zones.is_empty() && request.hosts.is_empty();
+        self.change_fast_restores(account, &ids, |tables, known| {
+            let hosts = request.hosts.iter().map(|name| Ok(host::find(tables, name)?.host_id.clone()));
+            let hosts = hosts.collect::<ApiResult<Vec<String>>>()?;
+            let zones = &request.availability_zones;
+            known.retain(|wish| {
+                let named = zones.contains(&wish.availability_zone) || hosts.contains(&wish.host_id);
+                !everywhere && !named
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    pub(crate) fn do_list_fast_restores(
+        &self,
+        account: &str,
+        request: &v1::ListFastSnapshotRestoresRequest,
+    ) -> ApiResult<v1::ListFastSnapshotRestoresResponse> {
+        let ids = check::optional_ids("snapshot_ids", &request.snapshot_ids)?;
+        let tables = self.core.tables();
+        for id in &ids {
+            snapshot::find(&tables, account, id)?;
+        }
+        Ok(v1::ListFastSnapshotRestoresResponse { fast_snapshot_restores: self.fast_restores(&tables, account, &ids) })
+    }
+}
