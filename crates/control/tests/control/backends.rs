@@ -113,7 +113,7 @@ async fn a_backends_volume_goes_to_every_host_that_has_the_backend_and_to_no_oth
     user.wait_available(&volume).await;
     user.delete_volume(&volume).await.unwrap();
     user.wait_volume_gone(&volume).await;
-    let deleted = [&a, &b].into_iter().flat_map(|agent| wishes(agent)).filter(|(_, wish)| *wish == W::Deleted);
+    let deleted = [&a, &b].into_iter().flat_map(wishes).filter(|(_, wish)| *wish == W::Deleted);
     assert_eq!(deleted.count(), 1);
     assert!(wishes(&c).is_empty());
 }

@@ -97,7 +97,7 @@ async fn hosts_are_told_what_to_fetch_and_their_progress_is_seen() {
     };
     user.snapshots.disable_fast_snapshot_restores(not_there).await.unwrap();
     wait_wanted(&other, &[]).await;
-    assert_eq!(snapshots(&one), [id.clone()]);
+    assert_eq!(snapshots(&one), std::slice::from_ref(&id));
     user.delete_snapshot(&id).await.unwrap();
     assert_eq!(list(&user).await, []);
 }

@@ -126,9 +126,8 @@ fn two_writers_never_both_get_acknowledgements() {
         filled: false,
         volume_id: "vol-0123456789abcdef0".into(),
         size_bytes: CHUNK_BYTES,
-        base_root: None,
+        base: None,
         generation: 0,
-        base_chunks: 0..0,
     };
     map::create(&files(folder.path()).map, spec).unwrap();
     let (history, next) = (History::default(), AtomicU64::new(2));
