@@ -353,7 +353,7 @@ fn an_encrypted_volume_is_nowhere_in_clear() {
     cloud.hearth(&["instance", "stop", "a", "--wait"]);
     cloud.hearth(&["instance", "start", "a", "--wait"]);
     let mut guest = shell(&cloud, "a");
-    assert_eq!(guest.run("sort -u /root/file | head -n 1"), "confidential");
+    assert_eq!(guest.run("sort -u /root/file | tail -n 1"), "confidential");
     cloud.hearth(&["host", "drain", &host]);
     let mut other = run(&cloud, "sealed", "b");
     cloud.hearth(&["volume", "attach", "data", "b", "--wait"]);

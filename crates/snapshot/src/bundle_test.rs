@@ -22,8 +22,8 @@ async fn bundled(objects: &dyn ObjectStore, disk: &std::path::Path) -> Bundled {
 }
 
 fn target(folder: &std::path::Path) -> (std::path::PathBuf, Arc<File>) {
-    let path = folder.join("root");
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    // One of its own each time: writes of a restoration that was given up may still be on their way.
+    let (file, path) = tempfile::NamedTempFile::new_in(folder).unwrap().keep().unwrap();
     (path, Arc::new(file))
 }
 
