@@ -1,20 +1,27 @@
 //! The control plane's object store, over the connection that is up.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
 use hearth_proto::v1;
 use object_store::path::Path;
 use object_store::{
     CopyOptions, Error, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
     ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
-use tonic::{Code, Status};
+use tokio::time::{Instant, sleep};
+use tonic::{Code, Response, Status};
 
-use crate::link::Link;
+use crate::link::{Link, ObjectClient};
 
+/// How long a call waits for a control plane that is away: longer than a restart takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Pauses between tries.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 const NAME: &str = "the control plane's object store";
 /// Most bytes in one answer: others use the connection too.
 const PIECE: u64 = 2 << 20;
@@ -56,11 +63,44 @@ fn meta(path: &Path, size: u64) -> ObjectMeta {
     ObjectMeta { location: path.clone(), last_modified: Default::default(), size, e_tag: None, version: None }
 }
 
+/// Whether the same call may succeed later, without anybody mending anything.
+fn is_transient(code: Code) -> bool {
+    matches!(code, Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Aborted)
+}
+
 impl RemoteObjects {
+    /// Makes a call over the connection that is up, again when that breaks. All calls may be repeated: an object that was written is
+    /// the same afterwards, and one that must not exist before is compared by whoever writes it.
+    async fn call<T>(
+        &self,
+        path: &Path,
+        make: impl Fn(ObjectClient) -> BoxFuture<'static, std::result::Result<Response<T>, Status>> + Send,
+    ) -> Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut pause = PAUSES.0;
+        loop {
+            let status = match self.0.objects() {
+                Some(client) => match make(client).await {
+                    Ok(answer) => return Ok(answer.into_inner()),
+                    Err(status) => status,
+                },
+                None => Status::unavailable("there is no connection to the control plane"),
+            };
+            if !is_transient(status.code()) || Instant::now() + pause >= deadline {
+                return Err(failed(path, status));
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
     async fn piece(&self, location: &Path, offset: u64, length: u64, head: bool) -> Result<v1::GetObjectResponse> {
-        let mut client = self.0.objects().ok_or_else(|| generic("no connection"))?;
         let request = v1::GetObjectRequest { key: location.to_string(), head, offset, length };
-        client.get_object(request).await.map(|answer| answer.into_inner()).map_err(|status| failed(location, status))
+        let get = |mut client: ObjectClient| {
+            let request = request.clone();
+            async move { client.get_object(request).await }.boxed()
+        };
+        self.call(location, get).await
     }
 }
 
@@ -72,9 +112,12 @@ impl ObjectStore for RemoteObjects {
             PutMode::Overwrite => false,
             PutMode::Update(_) => return Err(unsupported("replace versions of objects")),
         };
-        let mut client = self.0.objects().ok_or_else(|| generic("no connection"))?;
         let request = v1::PutObjectRequest { key: location.to_string(), data: payload.into(), create_only };
-        client.put_object(request).await.map_err(|status| failed(location, status))?;
+        let put = |mut client: ObjectClient| {
+            let request = request.clone();
+            async move { client.put_object(request).await }.boxed()
+        };
+        self.call(location, put).await?;
         Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
     }
 
@@ -123,15 +166,17 @@ impl ObjectStore for RemoteObjects {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let (link, prefix) = (self.0.clone(), prefix.map(Path::to_string).unwrap_or_default());
+        let (this, prefix) = (self.clone(), prefix.map(Path::to_string).unwrap_or_default());
         let pages = futures::stream::try_unfold(Some(String::new()), move |after| {
-            let (link, prefix) = (link.clone(), prefix.clone());
+            let (this, prefix) = (this.clone(), prefix.clone());
             async move {
                 let Some(after) = after else { return Ok(None) };
-                let mut client = link.objects().ok_or_else(|| generic("no connection"))?;
                 let request = v1::ListObjectsRequest { prefix, after };
-                let page = client.list_objects(request).await.map_err(|status| failed(&Path::default(), status))?;
-                let page = page.into_inner();
+                let list = |mut client: ObjectClient| {
+                    let request = request.clone();
+                    async move { client.list_objects(request).await }.boxed()
+                };
+                let page = this.call(&Path::default(), list).await?;
                 let next = page.truncated.then(|| page.objects.last().map(|last| last.key.clone())).flatten();
                 let found =
                     page.objects.into_iter().map(|object| Ok(meta(&Path::parse(&object.key)?, object.size_bytes)));
