@@ -278,6 +278,50 @@ fn what_a_guest_has_flushed_outlives_killed_vmms_and_agents() {
     cloud.assert_nothing_left();
 }
 
+#[test]
+fn a_snapshot_outlives_its_control_plane_and_its_instance() {
+    let mut cloud = Cloud::start(Shape::Apart);
+    cloud.import_tiny();
+    let mut guest = run(&cloud, "tiny", "a");
+    let data = volume(&cloud, "data", &["--size", "1G"]);
+    cloud.hearth(&["volume", "attach", "data", "a", "--wait"]);
+    let device = disk(&mut guest, &data);
+    guest.run(&format!("dd if=/dev/urandom of={device} bs=1M count=24 conv=fsync,notrunc"));
+    let sum = |guest: &mut Console, device: &str| guest.run(&format!("dd if={device} bs=1M count=24 | md5sum"));
+    let before = sum(&mut guest, &device);
+    cloud.hearth(&["snapshot", "create", "data", "--name", "s"]);
+    // Its point in time is fixed; the upload has hardly begun.
+    cloud.kill_control();
+    fill(&mut guest, &device, 2, "later");
+    cloud.start_control();
+    cloud.wait_for_hosts(1);
+    cloud.hearth(&["snapshot", "create", "data", "--name", "t"]);
+    drop(guest);
+    cloud.hearth(&["instance", "stop", "a", "--force", "--wait"]);
+    cloud.hearth(&["instance", "start", "a", "--wait"]);
+    let mut guest = shell(&cloud, "a");
+    guest.run(&format!("yes after | head -c 25165824 | dd of={device} bs=1M conv=fsync,notrunc"));
+    for name in ["s", "t"] {
+        let complete = || match describe(&cloud, "snapshot", name)["state"].as_str() {
+            Some("error") => panic!("{:#}", describe(&cloud, "snapshot", name)),
+            state => state == Some("completed"),
+        };
+        assert!(wait_until(PATIENCE, complete), "{name} does not complete");
+    }
+    let first = volume(&cloud, "first", &["--snapshot", "s"]);
+    let second = volume(&cloud, "second", &["--snapshot", "t"]);
+    for name in ["first", "second"] {
+        cloud.hearth(&["volume", "attach", name, "a", "--wait"]);
+    }
+    let (first, second) = (disk(&mut guest, &first), disk(&mut guest, &second));
+    assert_eq!(sum(&mut guest, &first), before);
+    assert_ne!(sum(&mut guest, &second), before);
+    assert_eq!(guest.run(&format!("dd if={second} bs=1M skip=2 count=1 | sort -u | head -n 1")), "later");
+    cloud.hearth(&["storage", "verify"]);
+    cloud.hearth(&["instance", "terminate", "a", "--yes", "--wait"]);
+    cloud.assert_nothing_left();
+}
+
 /// Files below a folder, holes left out, in which this word stands on many lines.
 fn files_with_lines_of(folder: &Path, word: &str) -> Vec<PathBuf> {
     use std::os::unix::fs::FileExt;

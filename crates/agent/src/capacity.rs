@@ -115,14 +115,21 @@ pub fn capacity(config: &AgentConfig, calibration: &Calibration) -> io::Result<R
         vcpus: calibration.threads,
         memory_mib: total_mib.saturating_sub(reserved),
         ecu_milli: calibration.ecu_milli_per_thread.saturating_mul(u64::from(calibration.threads)),
-        instance_store_bytes: disk_bytes(&config.state_dir, config.reserved_disk_bytes)?,
+        instance_store_bytes: disk_bytes(&config.state_dir)?.saturating_sub(reserved_disk_bytes(config)?),
     })
 }
 
-fn disk_bytes(folder: &Path, reserved: Option<u64>) -> io::Result<u64> {
+fn disk_bytes(folder: &Path) -> io::Result<u64> {
     let info = nix::sys::statvfs::statvfs(folder)?;
-    let total = info.blocks().saturating_mul(info.fragment_size());
-    Ok(total.saturating_sub(reserved.unwrap_or(total / 10)))
+    Ok(info.blocks().saturating_mul(info.fragment_size()))
+}
+
+/// Bytes of the state folder's file system that are kept free as far as possible.
+pub fn reserved_disk_bytes(config: &AgentConfig) -> io::Result<u64> {
+    match config.reserved_disk_bytes {
+        Some(bytes) => Ok(bytes),
+        None => Ok(disk_bytes(&config.state_dir)? / 10),
+    }
 }
 
 /// Who takes what. The scheduler has decided before; this is the last word, from the machine itself.

@@ -45,7 +45,8 @@ pub struct AgentConfig {
     pub reserved_memory_mib: Option<u64>,
     /// vCPUs offered per host thread, times 100.
     pub vcpu_overcommit_percent: u32,
-    /// Bytes of the state folder's file system kept from instance-store disks; `None` = one tenth of it.
+    /// Bytes of the state folder's file system kept from instance-store disks, and kept free by removing what was fetched of
+    /// snapshots that no volume here is made from; `None` = one tenth of it.
     pub reserved_disk_bytes: Option<u64>,
     /// Bytes per second at which bases are filled with what no volume has read yet; 0 = they are not.
     pub background_fill: u64,

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::boot::BootLoader;
-use crate::capacity::{Admission, Calibration, capacity};
+use crate::capacity::{Admission, Calibration, capacity, reserved_disk_bytes};
 use crate::config::AgentConfig;
 use crate::epoch::Epoch;
 use crate::error::AgentError;
@@ -69,6 +69,8 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     };
     let keyring = Arc::new(Keyring::open(&layout));
     let bases = Arc::new(Bases::new(layout.clone(), objects, keyring, boot_id(), config.background_fill));
+    let reserve = reserved_disk_bytes(&config).map_err(AgentError::file("measuring", &config.state_dir))?;
+    tokio::spawn(bases.clone().keep_room(reserve));
     let network_volumes = NetworkVolumes::new(layout.clone(), backends(&config)?);
     let names = network_volumes.names();
     let volumes = Arc::new(HostVolumes::new(layout.clone(), bases)?.with_network(network_volumes));

@@ -328,7 +328,7 @@ settings! {
     /// Memory kept for the host itself [default: one eighth, 256..=4096]
     #[arg(long, value_name = "MIB", help_heading = "Agent")]
     reserved_memory_mib: Option<u64>,
-    /// Disk space kept from instance store [default: one tenth]
+    /// Disk space kept from instance store, and kept free by removing unused copies of snapshots [default: one tenth]
     #[arg(long, value_name = "BYTES", help_heading = "Agent")]
     reserved_disk_bytes: Option<u64>,
     /// Fetch what volumes have not read yet in the background, this fast; 0 = only what is read [default: 0]

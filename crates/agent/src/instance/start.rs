@@ -1,5 +1,6 @@
 //! From disks on paper to a running VMM.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use hearth_block::{OfflineVolume, VolumeFiles};
 use hearth_proto::v1;
-use hearth_types::{InstanceId, StateReason};
+use hearth_types::{InstanceId, StateReason, VolumeId};
 use hearth_vmm::console_ring;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::OwnedSemaphorePermit;
@@ -67,19 +68,36 @@ pub struct Ready {
 }
 
 /// Waits for the volumes' bases and for the instance's turn. May be given up at any time.
-pub async fn ready(host: &Arc<Host>, id: &InstanceId, spec: &Spec) -> Result<Ready, StartError> {
+///
+/// Volumes that `made` names, with their attachment generation, were here before.
+pub async fn ready(
+    host: &Arc<Host>,
+    id: &InstanceId,
+    spec: &Spec,
+    made: &BTreeMap<VolumeId, u64>,
+) -> Result<Ready, StartError> {
     let attached = spec.volumes.iter().filter(|attachment| attachment.detach == v1::DetachWish::Unspecified);
     let (network, here): (Vec<_>, Vec<_>) = attached.partition(|attachment| is_network(&attachment.volume));
     let network = network.into_iter().cloned().collect();
     let mut volumes = Vec::new();
     for attachment in here {
-        volumes.push(host.volumes.place(&attachment.volume).await.map_err(|error| volume_failed(&error))?);
+        let placed = match made.get(&attachment.id) {
+            // It must never come back as what it was made from.
+            Some(generation) if *generation == attachment.volume.attach_generation => {
+                host.volumes.find(&attachment.volume).await
+            }
+            _ => host.volumes.place(&attachment.volume).await,
+        };
+        volumes.push(placed.map_err(|error| volume_failed(&error))?);
     }
     if let Some(bundle) = &spec.bundle_root {
         bring_root(host, id, bundle).await?;
     } else if volumes.is_empty() {
         let reason = format!("{id} has no root volume");
         return Err(StartError::Permanent(StateReason::new(StateReason::INTERNAL_ERROR, reason)));
+    }
+    for placed in &volumes {
+        host.snapshots.settle(&placed.id).await;
     }
     let turn = host.starts.clone().acquire_owned().await;
     Ok(Ready { volumes, network, _turn: turn.map_err(|error| StartError::internal(error.to_string()))? })

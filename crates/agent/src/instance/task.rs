@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::restart::{Next, Restarts};
 use super::start::{StartError, console_total, metadata, ready, start};
 use super::volumes::Slots;
-use super::{Host, Spec};
+use super::{Attachment, Host, Spec};
 use crate::instance_store::{self, InstanceStoreError};
 use crate::launch::{DiskControl, DiskEvents, Found, Vmm, VmmEnd, disk_queues};
 use crate::state::{Hold, InstanceRecord, Phase};
@@ -305,7 +305,8 @@ impl InstanceTask {
         self.publish();
         let (host, id) = (self.host.clone(), self.id.clone());
         let ready = {
-            let waiting = ready(&host, &id, &spec);
+            let made = self.record.volumes_made.clone();
+            let waiting = ready(&host, &id, &spec, &made);
             tokio::pin!(waiting);
             loop {
                 tokio::select! {
@@ -341,6 +342,7 @@ impl InstanceTask {
                 self.record.console_start = started.console_start;
                 self.note_boot();
                 self.record.phase = Phase::Running;
+                self.record.volumes_made = self.slots.made();
                 self.save().await;
                 tracing::info!(instance = %self.id, boot_count = self.record.boot_count, "the guest runs");
             }
@@ -460,8 +462,14 @@ impl InstanceTask {
         let (Some(vmm), Ok(spec)) = (&self.vmm, &self.spec) else { return };
         let disks = vmm.disks();
         let queues = disk_queues(spec.vcpus);
-        self.volumes_pending =
-            self.slots.approach(&spec.volumes, &self.host.volumes, &disks, queues, |slot| spec.is_root(slot)).await;
+        let (volumes, snapshots) = (&self.host.volumes, &self.host.snapshots);
+        let is_root = |slot: &Attachment| spec.is_root(slot);
+        self.volumes_pending = self.slots.approach(&spec.volumes, volumes, snapshots, &disks, queues, is_root).await;
+        let made = self.slots.made();
+        if self.record.volumes_made != made {
+            self.record.volumes_made = made;
+            self.save().await;
+        }
         self.publish();
     }
 

@@ -1,9 +1,11 @@
 //! The EBS volumes of a running guest: what is attached, and the way from there to what is wanted.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hearth_proto::v1::{self, AttachedVolumeReport, DetachWish, ObservedAttachment};
+use hearth_types::VolumeId;
 use hearth_vmm::control::protocol::{Event, VolumeCause};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
@@ -12,12 +14,12 @@ use tokio::time::{Duration, Instant};
 use super::Attachment;
 use super::network::{self, Remote};
 use crate::launch::{Backing, Disk, DiskControl, DiskLimits, LayeredBacking};
-use crate::storage::{Base, HostVolumes, Placed, VolumeError, is_network};
+use crate::storage::{Base, HostVolumes, Placed, Snapshots, VolumeError, is_network};
 
 /// How long a guest may take to let go of a disk before it counts as busy.
 const BUSY_AFTER: Duration = Duration::from_secs(15);
-/// Chunks fetched ahead when a guest waits for one.
-const READ_AHEAD: u64 = 4;
+/// Chunks fetched ahead when a guest waits for one; and when it seems to read on from the one before.
+const READ_AHEAD: (u64, u64) = (4, 16);
 
 /// One volume that a VMM has, or had until it let go of it.
 pub struct Slot {
@@ -30,7 +32,9 @@ pub struct Slot {
     /// Taken up from an earlier agent, and its base is not found yet.
     orphan: bool,
     /// Chunks that the guest waits for until then.
-    missed: Vec<u64>,
+    missed: BTreeSet<u64>,
+    /// The chunk that the guest waited for last.
+    last_missed: Option<u64>,
     /// Held so that the base tells of chunks that come.
     _listener: Option<Listener>,
     pub(super) state: ObservedAttachment,
@@ -105,7 +109,8 @@ impl Slot {
             remote: None,
             base: None,
             orphan: false,
-            missed: Vec::new(),
+            missed: BTreeSet::new(),
+            last_missed: None,
             _listener: None,
             state,
             asked: None,
@@ -212,13 +217,12 @@ impl Slots {
     async fn find_bases(&mut self, volumes: &HostVolumes, disks: &Arc<dyn DiskControl>) -> bool {
         let mut missing = false;
         for slot in self.0.iter_mut().filter(|slot| slot.orphan) {
-            match volumes.place(&slot.volume).await {
-                Ok(placed) => {
+            let Some(wanted) = &slot.volume.base else { continue };
+            match volumes.bases().get(wanted).await {
+                Ok(base) => {
                     slot.orphan = false;
-                    slot.follow_base(placed.base.as_ref(), caller(slot.serial.clone(), disks.clone()));
-                    if let Some(base) = &slot.base {
-                        slot.missed.drain(..).for_each(|chunk| base.want(chunk, true));
-                    }
+                    slot.follow_base(Some(&base), caller(slot.serial.clone(), disks.clone()));
+                    std::mem::take(&mut slot.missed).into_iter().for_each(|chunk| base.want(chunk, true));
                 }
                 Err(error) => {
                     tracing::warn!(volume = slot.volume.volume_id, %error, "taking up a volume again");
@@ -227,6 +231,12 @@ impl Slots {
             }
         }
         missing
+    }
+
+    /// Volumes of this host's own disk that the VMM has, with their attachment generation.
+    pub fn made(&self) -> BTreeMap<VolumeId, u64> {
+        let local = self.0.iter().filter(|slot| slot.remote.is_none() && slot.state != ObservedAttachment::Failed);
+        local.filter_map(|slot| Some((slot.volume.volume_id.parse().ok()?, slot.volume.attach_generation))).collect()
     }
 
     /// What is told of them.
@@ -282,7 +292,11 @@ impl Slots {
                     base.want(*chunk, true);
                 }
                 for chunk in chunks {
-                    (1..=READ_AHEAD).for_each(|ahead| base.want(chunk.saturating_add(ahead), false));
+                    let before = slot.last_missed.replace(*chunk);
+                    let reads_on =
+                        before.is_some_and(|before| (before + 1..=before + READ_AHEAD.1 + 1).contains(chunk));
+                    let ahead = if reads_on { READ_AHEAD.1 } else { READ_AHEAD.0 };
+                    (1..=ahead).for_each(|ahead| base.want(chunk.saturating_add(ahead), false));
                 }
             }
             Event::VolumeImpaired { serial, cause: why } => {
@@ -313,6 +327,7 @@ impl Slots {
         &mut self,
         wanted: &[Attachment],
         volumes: &HostVolumes,
+        snapshots: &Snapshots,
         disks: &Arc<dyn DiskControl>,
         queues: u16,
         is_root: impl Fn(&Attachment) -> bool,
@@ -346,6 +361,10 @@ impl Slots {
                     let mut slot = Slot::network(attachment, volumes);
                     again |= network::follow(&mut slot, attachment, disks.as_ref(), queues).await;
                     self.0.push(slot);
+                }
+                // What a snapshot still needs of it is set aside first.
+                None if attachment.detach == DetachWish::Unspecified && !snapshots.is_settled(&attachment.id) => {
+                    again = true;
                 }
                 None if attachment.detach == DetachWish::Unspecified => {
                     again |= self.attach(attachment, volumes, disks.as_ref(), queues).await;

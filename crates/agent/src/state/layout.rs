@@ -145,9 +145,14 @@ impl Layout {
         self.network().join(id.as_str())
     }
 
+    /// Folder of all bases.
+    pub fn bases(&self) -> PathBuf {
+        self.state.join("bases")
+    }
+
     /// Folder of the base with this root hash.
     pub fn base(&self, root: &str) -> PathBuf {
-        self.state.join("bases").join(root)
+        self.bases().join(root)
     }
 
     /// Folder of unpacked kernels.

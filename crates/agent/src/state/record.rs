@@ -1,12 +1,13 @@
 //! What is known of one instance, in `instance.json`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hearth_proto::v1::DesiredInstance;
-use hearth_types::{InstanceId, StateReason};
+use hearth_types::{InstanceId, StateReason, VolumeId};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -66,6 +67,9 @@ pub struct InstanceRecord {
     pub hold: Option<(u64, Hold)>,
     /// Bytes that the console ring had seen when the guest was last started.
     pub console_start: u64,
+    /// Volumes of this host's disk that its guest has or had, with their attachment generation: their files are here.
+    #[serde(default)]
+    pub volumes_made: BTreeMap<VolumeId, u64>,
 }
 
 /// Why a record cannot be read.
@@ -103,6 +107,7 @@ impl InstanceRecord {
             rebooting_to: None,
             hold: None,
             console_start: 0,
+            volumes_made: BTreeMap::new(),
         }
     }
 

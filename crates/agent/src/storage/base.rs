@@ -1,25 +1,24 @@
 //! Bases: the content of a snapshot, once per host, filled chunk by chunk for all volumes made from it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use hearth_block::XtsKey;
 use hearth_block::map::Extent;
-use hearth_proto::v1::BaseSnapshot;
-use hearth_snapshot::{CHUNK_BYTES, ChunkStore, Manifest, ObjectStore, SnapshotKey, StorageError};
+use hearth_snapshot::{CHUNK_BYTES, ChunkStore, Manifest, StorageError};
 use hearth_snapshot::{load_prefetch, store_prefetch};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::{Notify, OnceCell, Semaphore};
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::{AbortHandle, JoinSet};
 
-use super::keyring::{KeyError, Keyring};
+use super::keyring::KeyError;
 use super::presence::Presence;
-use crate::state::Layout;
 
 /// Chunks fetched at a time for one base.
 const PARALLEL: usize = 32;
@@ -80,8 +79,79 @@ impl BaseError {
     }
 }
 
-/// One base on this host.
+/// One base on this host, which is filled while it lives.
 pub struct Base {
+    content: Arc<Content>,
+    work: Vec<AbortHandle>,
+}
+
+impl Drop for Base {
+    fn drop(&mut self) {
+        self.work.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl std::ops::Deref for Base {
+    type Target = Content;
+
+    fn deref(&self) -> &Content {
+        &self.content
+    }
+}
+
+impl Base {
+    /// Opens a base in `folder`, which is made if it is not there, and begins to fill it: with what is asked for, what earlier
+    /// launches read, and in the background at `fill_rate` bytes per second, if that is not 0. Blocks.
+    pub(super) fn open(
+        folder: &Path,
+        boot_id: &str,
+        manifest: Manifest,
+        store: ChunkStore,
+        key: Option<XtsKey>,
+        fill_rate: u64,
+    ) -> Result<Self, BaseError> {
+        let failed = |action: &'static str| {
+            let path = folder.to_owned();
+            move |source| BaseError::Io { action, path, source }
+        };
+        std::fs::create_dir_all(folder).map_err(failed("creating"))?;
+        let path = folder.join("data");
+        let mut options = OpenOptions::new();
+        let data = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let data = data.map_err(failed("opening the data of"))?;
+        let bytes = manifest.chunk_count() * CHUNK_BYTES as u64;
+        if data.metadata().map_err(failed("reading"))?.len() < bytes {
+            data.set_len(bytes).map_err(failed("setting the size of the data of"))?;
+        }
+        let extent = Extent::of(manifest.chunks());
+        let presence = Presence::open(folder, boot_id, manifest.chunk_count(), &extent);
+        let presence = presence.map_err(failed("opening"))?;
+        let content = Arc::new(Content {
+            manifest,
+            extent,
+            store,
+            key,
+            data,
+            path,
+            presence,
+            wanted: Mutex::new(Wanted { touched: Some(Vec::new()), ..Wanted::default() }),
+            asked: Notify::new(),
+            came: Notify::new(),
+            listeners: Mutex::default(),
+        });
+        let mut work = vec![
+            tokio::spawn(content.clone().run()).abort_handle(),
+            tokio::spawn(content.clone().follow_working_set()).abort_handle(),
+        ];
+        if fill_rate > 0 {
+            work.push(tokio::spawn(content.clone().fill(fill_rate)).abort_handle());
+        }
+        Ok(Self { content, work })
+    }
+}
+
+/// What a base is, shared with those who fill it.
+pub struct Content {
     /// What is in it.
     pub manifest: Manifest,
     /// Chunks that the manifest has.
@@ -108,11 +178,31 @@ struct Wanted {
     ahead: VecDeque<u64>,
     /// Being fetched, or in a queue.
     known: HashSet<u64>,
+    /// Being fetched.
+    taken: HashSet<u64>,
     /// What somebody waited for, in order, while that is of interest: the working set of a launch.
     touched: Option<Vec<u32>>,
+    touched_once: HashSet<u32>,
 }
 
-impl Base {
+impl Wanted {
+    /// The next chunk to fetch.
+    fn next(&mut self) -> Option<u64> {
+        loop {
+            let next = self.urgent.pop_front().or_else(|| self.ahead.pop_front())?;
+            if self.known.contains(&next) && self.taken.insert(next) {
+                return Some(next);
+            }
+        }
+    }
+
+    fn done(&mut self, chunk: u64) {
+        self.known.remove(&chunk);
+        self.taken.remove(&chunk);
+    }
+}
+
+impl Content {
     /// Data and presence, for a VMM.
     pub fn files(&self) -> io::Result<(File, File)> {
         // A descriptor of its own: flags such as O_DIRECT belong to the open file.
@@ -140,17 +230,17 @@ impl Base {
             return;
         }
         let mut wanted = self.wanted.lock();
+        let Wanted { touched, touched_once, .. } = &mut *wanted;
         if urgent
-            && let (Some(touched), Ok(chunk)) = (&mut wanted.touched, u32::try_from(chunk))
-            && !touched.contains(&chunk)
+            && let (Some(touched), Ok(chunk)) = (touched, u32::try_from(chunk))
+            && touched_once.insert(chunk)
         {
             touched.push(chunk);
         }
         if wanted.known.insert(chunk) {
             if urgent { wanted.urgent.push_back(chunk) } else { wanted.ahead.push_back(chunk) }
-        } else if urgent && let Some(at) = wanted.ahead.iter().position(|waiting| *waiting == chunk) {
-            // Somebody waits for it now.
-            wanted.ahead.remove(at);
+        } else if urgent && !wanted.taken.contains(&chunk) {
+            // Somebody waits for it now. It stands in the other queue as well, and is passed over there.
             wanted.urgent.push_back(chunk);
         }
         drop(wanted);
@@ -220,7 +310,8 @@ impl Base {
     }
 
     /// Fetches what earlier launches from this snapshot read, in their order; or notes what this one reads, if it is the first.
-    async fn follow_working_set(self: Arc<Self>, objects: Arc<dyn ObjectStore>) {
+    async fn follow_working_set(self: Arc<Self>) {
+        let objects = self.store.objects().clone();
         match load_prefetch(&*objects, self.manifest.id()).await {
             Ok(Some(chunks)) => return chunks.into_iter().for_each(|chunk| self.want(u64::from(chunk), false)),
             Ok(None) => {}
@@ -241,21 +332,20 @@ impl Base {
 
     async fn run(self: Arc<Self>) {
         let slots = Arc::new(Semaphore::new(PARALLEL));
+        // They end with this.
+        let mut fetches = JoinSet::new();
         loop {
-            let next = {
-                let mut wanted = self.wanted.lock();
-                let urgent = wanted.urgent.pop_front();
-                urgent.or_else(|| wanted.ahead.pop_front())
-            };
+            while fetches.try_join_next().is_some() {}
+            let next = self.wanted.lock().next();
             let Some(chunk) = next else {
                 self.asked.notified().await;
                 continue;
             };
             let Ok(slot) = slots.clone().acquire_owned().await else { return };
             let base = self.clone();
-            tokio::spawn(async move {
+            fetches.spawn(async move {
                 base.bring(chunk).await;
-                base.wanted.lock().known.remove(&chunk);
+                base.wanted.lock().done(chunk);
                 drop(slot);
                 base.tell();
             });
@@ -310,104 +400,6 @@ impl Base {
         }
         self.presence.set(chunk);
         Ok(())
-    }
-}
-
-/// All bases of a host.
-pub struct Bases {
-    layout: Layout,
-    objects: Arc<dyn ObjectStore>,
-    keyring: Arc<Keyring>,
-    boot_id: String,
-    fill_rate: u64,
-    /// By root; empty while it is being opened.
-    open: Mutex<HashMap<String, Arc<OnceCell<Arc<Base>>>>>,
-}
-
-impl Bases {
-    /// Bases below the layout's folder, which are filled in the background at `fill_rate` bytes per second; 0 = they are not.
-    pub fn new(
-        layout: Layout,
-        objects: Arc<dyn ObjectStore>,
-        keyring: Arc<Keyring>,
-        boot_id: String,
-        fill_rate: u64,
-    ) -> Self {
-        Self { layout, objects, keyring, boot_id, fill_rate, open: Mutex::default() }
-    }
-
-    /// Keys of snapshots and volumes.
-    pub fn keyring(&self) -> &Arc<Keyring> {
-        &self.keyring
-    }
-
-    /// Where chunks and manifests come from.
-    pub fn objects(&self) -> &Arc<dyn ObjectStore> {
-        &self.objects
-    }
-
-    /// The base of a snapshot, opened once.
-    pub async fn get(&self, wanted: &BaseSnapshot) -> Result<Arc<Base>, BaseError> {
-        // One whose manifest does not come keeps nobody waiting who wants another.
-        let slot = self.open.lock().entry(wanted.root.clone()).or_default().clone();
-        let open = async || {
-            let base = Arc::new(self.open_base(wanted).await?);
-            tokio::spawn(base.clone().run());
-            tokio::spawn(base.clone().follow_working_set(self.objects.clone()));
-            if self.fill_rate > 0 {
-                tokio::spawn(base.clone().fill(self.fill_rate));
-            }
-            Ok(base)
-        };
-        slot.get_or_try_init(open).await.cloned()
-    }
-
-    async fn open_base(&self, wanted: &BaseSnapshot) -> Result<Base, BaseError> {
-        let spec = |reason: String| BaseError::Spec { id: wanted.snapshot_id.clone(), reason };
-        let root = wanted.root.parse().map_err(|_| spec(format!("'{}' is no root hash", wanted.root)))?;
-        let id = SnapshotKey::new(&wanted.snapshot_id).map_err(|error| spec(error.to_string()))?;
-        let unknown = |source| BaseError::Key { id: wanted.snapshot_id.clone(), source };
-        let store = self.keyring.chunk_store(&self.objects, wanted.key_domain.as_ref()).map_err(unknown)?;
-        let key = match &wanted.key_domain {
-            Some(domain) if domain.encrypt_on_hosts => {
-                let key = XtsKey::new(store.domain().key_on_hosts(&wanted.root));
-                Some(key.ok_or_else(|| unknown(KeyError::Malformed(format!("the base {}", wanted.root))))?)
-            }
-            _ => None,
-        };
-        let manifest = Manifest::load(&*self.objects, &id, Some(&root)).await;
-        let failed = |source| BaseError::Storage { id: wanted.snapshot_id.clone(), source: Box::new(source) };
-        let manifest = manifest.map_err(failed)?;
-        let folder = self.layout.base(&wanted.root);
-        let failed = |action: &'static str| {
-            let path = folder.clone();
-            move |source| BaseError::Io { action, path, source }
-        };
-        std::fs::create_dir_all(&folder).map_err(failed("creating"))?;
-        let path = folder.join("data");
-        let mut options = OpenOptions::new();
-        let data = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let data = data.map_err(failed("opening the data of"))?;
-        let bytes = manifest.chunk_count() * CHUNK_BYTES as u64;
-        if data.metadata().map_err(failed("reading"))?.len() < bytes {
-            data.set_len(bytes).map_err(failed("setting the size of the data of"))?;
-        }
-        let extent = Extent::of(manifest.chunks());
-        let presence = Presence::open(&folder, &self.boot_id, manifest.chunk_count(), &extent);
-        let presence = presence.map_err(failed("opening"))?;
-        Ok(Base {
-            manifest,
-            extent,
-            store,
-            key,
-            data,
-            path,
-            presence,
-            wanted: Mutex::new(Wanted { touched: Some(Vec::new()), ..Wanted::default() }),
-            asked: Notify::new(),
-            came: Notify::new(),
-            listeners: Mutex::default(),
-        })
     }
 }
 

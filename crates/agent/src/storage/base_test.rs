@@ -4,16 +4,20 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::stream::BoxStream;
-use hearth_snapshot::{Epoch, IndexedSource, ManifestSpec, SnapshotUpload, StoreOptions, open_store};
+use hearth_snapshot::{
+    Epoch, IndexedSource, ManifestSpec, ObjectStore, SnapshotKey, SnapshotUpload, StoreOptions, open_store,
+};
 use object_store::path::Path;
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions, PutOptions,
     PutPayload, PutResult, Result,
 };
 
-use hearth_proto::v1::KeyDomain;
+use hearth_proto::v1::{BaseSnapshot, HostVolume, KeyDomain};
 
 use super::*;
+use crate::state::Layout;
+use crate::storage::{Bases, Evicted, HostVolumes, Keyring};
 
 const SNAPSHOT: &str = "snap-0123456789abcdef0";
 
@@ -281,4 +285,66 @@ async fn a_snapshot_that_is_wanted_whole_is_fetched_and_its_progress_told() {
     assert_eq!(store.chunks.load(Ordering::SeqCst), 150, "each once");
     fills.want(Vec::new());
     assert_eq!(reports.full().fills, []);
+}
+
+/// How many bases are removed when room is short for ever.
+fn evict_all(bases: &Bases) -> u64 {
+    bases.evict(|| true).unwrap().bases
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_base_is_removed_when_room_is_short_and_nobody_uses_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store(8).await;
+    let bases = Arc::new(host(&store, "a", folder.path(), 0));
+    let layout = Layout::new(&folder.path().join("state"), &folder.path().join("run"));
+    let volumes = HostVolumes::new(layout.clone(), bases.clone()).unwrap();
+    let volume = HostVolume {
+        volume_id: "vol-0123456789abcdef0".into(),
+        attach_generation: 1,
+        size_bytes: wanted.size_bytes,
+        base: Some(wanted.clone()),
+        ..HostVolume::default()
+    };
+    let placed = volumes.place(&volume).await.unwrap();
+    placed.base.as_ref().unwrap().ensure(5).await;
+    assert_eq!(evict_all(&bases), 0, "somebody has it open");
+    drop(placed);
+    assert_eq!(evict_all(&bases), 0, "a volume here is made from it");
+    // Another agent, which has opened nothing yet, sees that too.
+    assert_eq!(evict_all(&host(&store, "a", folder.path(), 0)), 0);
+    volumes.delete(&volume.volume_id.parse().unwrap()).unwrap();
+    assert_eq!(bases.evict(|| false).unwrap(), Evicted::default(), "there is room");
+    let evicted = bases.evict(|| true).unwrap();
+    assert!(evicted.bases == 1 && evicted.bytes >= CHUNK_BYTES as u64, "{evicted:?}");
+    assert_eq!(std::fs::read_dir(layout.bases()).unwrap().count(), 0);
+    // It can be had again.
+    store.chunks.store(0, Ordering::SeqCst);
+    let base = bases.get(&wanted).await.unwrap();
+    assert!(!base.has(5));
+    base.ensure(5).await;
+    assert_eq!((store.chunks.load(Ordering::SeqCst), on_disk(&base, 5)), (1, content(5)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longest_unused_base_goes_first_and_a_damaged_map_keeps_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store(8).await;
+    let bases = host(&store, "a", folder.path(), 0);
+    let layout = Layout::new(&folder.path().join("state"), &folder.path().join("run"));
+    bases.get(&wanted).await.unwrap();
+    for (root, seconds) in [("old", 1000), ("older", 500), ("new", 2000)] {
+        std::fs::create_dir_all(layout.base(root)).unwrap();
+        let time = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        File::open(layout.base(root)).unwrap().set_modified(time).unwrap();
+    }
+    let broken = layout.volumes().join("vol-0123456789abcdef0");
+    std::fs::create_dir_all(&broken).unwrap();
+    std::fs::write(broken.join("map"), "nonsense").unwrap();
+    assert!(bases.evict(|| true).is_err(), "its base may be any of them");
+    std::fs::remove_dir_all(broken).unwrap();
+    // Short until two are gone.
+    let left = || std::fs::read_dir(layout.bases()).unwrap().count();
+    assert_eq!(bases.evict(|| left() > 2).unwrap().bases, 2);
+    assert!(layout.base("new").exists() && layout.base(&wanted.root).exists());
 }

@@ -183,8 +183,8 @@ impl Snapshots {
         let running = self.running.lock().get(&instance).cloned();
         let running = running.ok_or_else(|| format!("instance {instance} does not run here"))?;
         let (serial, size) = running.bundle_root.ok_or_else(|| format!("the root disk of {instance} is a volume"))?;
-        let mut frozen = Frozen::prepare(&self.layout, &wanted.bundle_id, serial, size, None)?;
-        freeze_live(&mut [&mut frozen], running.disks).await?;
+        let frozen = Frozen::of_disk(&self.layout, &wanted.bundle_id, serial, size).await?;
+        freeze_live(std::slice::from_ref(&frozen), running.disks).await?;
         let attributes = serde_json::from_str(&wanted.attributes_json);
         let spec = BundleSpec {
             prefix: wanted.prefix.clone(),

@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::base::{Base, Bases};
+use super::base::Base;
+use super::bases::Bases;
 use crate::reports::Reports;
 
 /// Least time between two reports of progress.
@@ -73,4 +74,7 @@ async fn fill(bases: Arc<Bases>, reports: Arc<Reports>, wanted: BaseSnapshot) {
         sleep(TELL_EVERY).await;
     }
     tracing::info!(snapshot = wanted.snapshot_id, "the snapshot is here whole");
+    // It stays, for as long as it is wanted.
+    std::future::pending::<()>().await;
+    drop(base);
 }

@@ -1,7 +1,9 @@
 //! Volumes of a host and what they are made from.
 
 pub mod base;
+pub mod bases;
 mod bundles;
+mod departures;
 pub mod fills;
 mod frozen;
 pub mod keyring;
@@ -11,7 +13,8 @@ pub mod remote;
 pub mod snapshots;
 pub mod volumes;
 
-pub use base::{Base, BaseError, Bases};
+pub use base::{Base, BaseError};
+pub use bases::{Bases, Evicted};
 pub use bundles::{BundleRootError, make_root, open_root};
 pub use fills::Fills;
 pub use keyring::{KeyError, Keyring};

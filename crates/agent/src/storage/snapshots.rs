@@ -1,37 +1,38 @@
 //! Snapshots of volumes of this host, and volumes that leave it.
 //!
 //! The point in time of all snapshots of a set is fixed at once: by the VMM that has the volumes (which then copies each frozen
-//! chunk to a stage before the guest changes it), or by copying the changed chunks of a volume that nobody has open. After that
-//! the upload takes its time. Decision: what an agent that ends was uploading is in error; its chunks count as changed again.
+//! chunk to a stage before the guest changes it), or by keeping a volume open that nobody has open. After that the upload takes its
+//! time; when somebody else needs the volume meanwhile, what is left is copied aside first (see [`super::frozen`]). Snapshots of
+//! one volume are uploaded one after the other, because each builds on the one before. Decision: what an agent that ends was
+//! uploading is in error; its chunks count as changed again.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::FutureExt;
-use hearth_block::{BlockError, OfflineVolume};
-use hearth_proto::v1::{self, ObservedSnapshot, SnapshotReport, VolumeOutcome, VolumeReport};
+use hearth_proto::v1::{self, ObservedSnapshot, SnapshotReport};
 use hearth_snapshot::{
     CHUNK_BYTES, ChunkStore, Epoch, IndexedSource, Manifest, ManifestSpec, SnapshotKey, SnapshotUpload, SourceError,
     StorageError, Uploaded,
 };
 use hearth_types::{InstanceId, VolumeId};
 use parking_lot::Mutex;
+use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::frozen::{Frozen, freeze_live};
-use super::network::is_network;
-use super::volumes::{HostVolumes, Lineage, Placed};
+use super::volumes::{HostVolumes, Lineage, Placed, VolumeError};
 use crate::launch::DiskControl;
 use crate::reports::Reports;
 use crate::state::Layout;
 
-/// Pause between two tries to let a volume go.
-const PAUSE: Duration = Duration::from_secs(2);
 /// Least time between two reports of progress.
-const TELL_EVERY: Duration = Duration::from_millis(500);
+pub(super) const TELL_EVERY: Duration = Duration::from_millis(500);
+/// How long a volume that is being opened or closed is waited for, less than the control plane waits for the point in time.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(15);
+const FREEZE_PAUSE: Duration = Duration::from_millis(200);
 
 /// A VMM that runs.
 #[derive(Clone)]
@@ -49,8 +50,35 @@ pub struct Snapshots {
     pub(super) reports: Arc<Reports>,
     pub(super) running: Mutex<HashMap<InstanceId, Running>>,
     sets: Mutex<HashMap<String, JoinHandle<()>>>,
-    leaving: Mutex<HashMap<String, (u64, JoinHandle<()>)>>,
+    /// Disks that are fixed, with what is uploaded of them.
+    fixed: Mutex<Vec<Weak<Frozen>>>,
+    /// One set at a time fixes a volume.
+    fixing: Turns,
+    /// One set at a time uploads what is fixed of a volume.
+    uploading: Turns,
+    pub(super) leaving: Mutex<HashMap<String, (u64, JoinHandle<()>)>>,
     pub(super) bundles: Mutex<HashMap<String, JoinHandle<()>>>,
+}
+
+/// Locks by the ids of volumes.
+#[derive(Default)]
+struct Turns(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Turns {
+    /// Waits until nobody else has one of these volumes.
+    async fn take(&self, volumes: &BTreeSet<String>) -> Vec<OwnedMutexGuard<()>> {
+        let mut taken = Vec::new();
+        // In order of their ids, so that nobody waits for somebody who waits for him.
+        for volume in volumes {
+            let lock = {
+                let mut locks = self.0.lock();
+                locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+                locks.entry(volume.clone()).or_default().clone()
+            };
+            taken.push(lock.lock_owned().await);
+        }
+        taken
+    }
 }
 
 impl Snapshots {
@@ -62,8 +90,8 @@ impl Snapshots {
                 _ => std::fs::create_dir_all(&folder)?,
             }
         }
-        let (running, sets, leaving, bundles) = Default::default();
-        Ok(Self { layout, volumes, reports, running, sets, leaving, bundles })
+        let (running, sets, fixed, fixing, uploading, leaving, bundles) = Default::default();
+        Ok(Self { layout, volumes, reports, running, sets, fixed, fixing, uploading, leaving, bundles })
     }
 
     /// An instance's VMM runs.
@@ -123,8 +151,44 @@ impl Snapshots {
         });
     }
 
+    /// Snapshots that are not complete and have something of this volume.
+    pub(super) fn of_volume(&self, id: &VolumeId) -> Vec<Arc<Frozen>> {
+        let mut fixed = self.fixed.lock();
+        fixed.retain(|one| one.strong_count() > 0);
+        let found = fixed.iter().filter_map(Weak::upgrade);
+        found.filter(|one| one.placed().is_some_and(|placed| placed.id == *id)).collect()
+    }
+
+    /// Sets a volume free that snapshots are uploaded of: a VMM is to have it. Must come before each opening of a volume for a VMM,
+    /// whose guest would change what no stage has.
+    pub async fn settle(&self, id: &VolumeId) {
+        for frozen in self.of_volume(id) {
+            tracing::info!(volume = %id, "copying aside what a snapshot still needs");
+            frozen.settle().await;
+        }
+    }
+
+    /// [`Self::settle`] for those who cannot wait: whether it is done, or goes on by itself.
+    pub fn is_settled(&self, id: &VolumeId) -> bool {
+        let mut settled = true;
+        for frozen in self.of_volume(id).into_iter().filter(|frozen| frozen.holds_the_volume()) {
+            settled = false;
+            if frozen.is_asked_to_settle() {
+                tracing::info!(volume = %id, "copying aside what a snapshot still needs");
+                tokio::spawn(async move { frozen.settle().await });
+            }
+        }
+        settled
+    }
+
     async fn run(self: Arc<Self>, set: v1::DesiredSnapshotSet) {
-        let frozen = match self.freeze(&set).await {
+        let volumes: BTreeSet<String> =
+            set.snapshots.iter().flat_map(|wanted| &wanted.volume).map(|volume| volume.volume_id.clone()).collect();
+        let frozen = {
+            let _turn = self.fixing.take(&volumes).await;
+            self.freeze(&set).await
+        };
+        let frozen = match frozen {
             Ok(frozen) => frozen,
             Err(error) => {
                 tracing::warn!(set = set.set_id, error, "the point in time of a snapshot cannot be fixed");
@@ -132,49 +196,70 @@ impl Snapshots {
             }
         };
         set.snapshots.iter().for_each(|wanted| self.report(wanted, ObservedSnapshot::Frozen, ""));
-        let uploads = frozen.iter().map(|frozen| self.upload(frozen));
-        let results = futures::future::join_all(uploads).await;
+        let _turn = self.uploading.take(&volumes).await;
+        let uploads = futures::future::join_all(frozen.iter().map(|frozen| self.upload(frozen))).await;
         // All or none.
-        let failure = results.iter().find_map(|result| result.as_ref().err().cloned());
-        for (frozen, result) in frozen.iter().zip(results) {
-            let error = match (&failure, result) {
-                (None, Ok(uploaded)) => match self.finish(frozen, &uploaded).await {
-                    Ok(()) => continue,
-                    Err(error) => error,
-                },
-                (failure, _) => failure.clone().unwrap_or_default(),
-            };
-            tracing::warn!(snapshot = frozen.wanted.snapshot_id, error, "the snapshot failed");
-            frozen.disk.thaw(true).await;
-            self.report(&frozen.wanted, ObservedSnapshot::Failed, &error);
+        let uploaded: Result<Vec<Uploaded>, String> = uploads.into_iter().collect();
+        let finished = match uploaded {
+            Ok(uploaded) => self.finish(&frozen, &uploaded).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = finished {
+            for frozen in &frozen {
+                tracing::warn!(snapshot = frozen.wanted.snapshot_id, error, "the snapshot failed");
+                frozen.disk.thaw(true).await;
+                self.report(&frozen.wanted, ObservedSnapshot::Failed, &error);
+            }
         }
     }
 
     /// Fixes the point in time of all volumes of a set.
     async fn freeze(&self, set: &v1::DesiredSnapshotSet) -> Result<Vec<Making>, String> {
+        let began = Instant::now();
+        loop {
+            match self.try_freeze(set).await {
+                Ok(frozen) => {
+                    self.fixed.lock().extend(frozen.iter().map(|one| Arc::downgrade(&one.disk)));
+                    return Ok(frozen);
+                }
+                Err(Unfixed::Now(error)) if began.elapsed() >= FREEZE_PATIENCE => return Err(error),
+                Err(Unfixed::Now(_)) => sleep(FREEZE_PAUSE).await,
+                Err(Unfixed::Ever(error)) => return Err(error),
+            }
+        }
+    }
+
+    async fn try_freeze(&self, set: &v1::DesiredSnapshotSet) -> Result<Vec<Making>, Unfixed> {
         let mut frozen = Vec::new();
         for wanted in &set.snapshots {
-            let volume = wanted.volume.as_ref().ok_or("the snapshot names no volume")?;
-            let placed = self.volumes.place(volume).await.map_err(|error| error.to_string())?;
-            let (serial, size) = (placed.id.serial(), volume.size_bytes);
-            let disk = Frozen::prepare(&self.layout, &wanted.snapshot_id, serial, size, placed.key.clone())?;
+            let volume = wanted.volume.as_ref().ok_or_else(|| Unfixed::Ever("the snapshot names no volume".into()))?;
+            let placed = match self.volumes.find(volume).await {
+                // Nothing of it has been needed yet: it is what it was made from.
+                Err(VolumeError::Lost { .. }) if !volume.opened => self.volumes.place(volume).await,
+                // Its first start is under way, or it is lost indeed.
+                Err(error @ VolumeError::Lost { .. }) => return Err(Unfixed::Now(error.to_string())),
+                found => found,
+            };
+            let placed = placed.map_err(|error| Unfixed::Ever(error.to_string()))?;
+            self.settle(&placed.id).await;
+            let disk = Frozen::of_volume(&self.layout, &wanted.snapshot_id, placed.clone()).await?;
             frozen.push(Making { wanted: wanted.clone(), placed, disk });
         }
         let live = match set.instance_id.parse::<InstanceId>() {
             Ok(instance) => self.running.lock().get(&instance).cloned(),
             Err(_) => None,
         };
-        match live {
-            Some(running) => {
-                let mut disks: Vec<&mut Frozen> = frozen.iter_mut().map(|one| &mut one.disk).collect();
-                freeze_live(&mut disks, running.disks).await?;
-            }
-            None => {
-                for one in &mut frozen {
-                    copy_offline(one).await?;
+        let Some(running) = live else {
+            for one in &frozen {
+                if !one.disk.fix_here().await? {
+                    let error = format!("volume {} is in use by a VMM that is just starting or ending", one.placed.id);
+                    return Err(Unfixed::Now(error));
                 }
             }
-        }
+            return Ok(frozen);
+        };
+        let disks: Vec<Arc<Frozen>> = frozen.iter().map(|one| one.disk.clone()).collect();
+        freeze_live(&disks, running.disks).await?;
         Ok(frozen)
     }
 
@@ -183,7 +268,10 @@ impl Snapshots {
         let wanted = &frozen.wanted;
         let objects = self.volumes.bases().objects();
         let store = self.chunk_store(wanted.key_domain.as_ref())?;
-        let parent = match frozen.placed.lineage() {
+        let lineage = frozen.placed.read_lineage(wanted.parent.as_ref()).await.map_err(|error| {
+            format!("{error}; attach the volume to an instance on another host to store it in full")
+        })?;
+        let parent = match lineage {
             // What is frozen is relative to it, so that there is no snapshot without.
             Some(lineage) => match load_parent(objects.as_ref(), &lineage).await? {
                 Some(parent) => Some(parent),
@@ -202,13 +290,13 @@ impl Snapshots {
             epoch: Epoch(wanted.epoch),
         };
         let (reports, id) = (self.reports.clone(), wanted.snapshot_id.clone());
-        let last = Mutex::new(None::<tokio::time::Instant>);
+        let last = Mutex::new(None::<Instant>);
         let progress = Arc::new(move |progress: hearth_snapshot::UploadProgress| {
             let mut last = last.lock();
             if last.is_some_and(|last| last.elapsed() < TELL_EVERY) {
                 return;
             }
-            *last = Some(tokio::time::Instant::now());
+            *last = Some(Instant::now());
             reports.publish_snapshot(SnapshotReport {
                 snapshot_id: id.clone(),
                 state: ObservedSnapshot::Frozen.into(),
@@ -230,7 +318,7 @@ impl Snapshots {
         upload.run(&source).await.map_err(|error| error.to_string())
     }
 
-    fn chunk_store(&self, domain: Option<&v1::KeyDomain>) -> Result<ChunkStore, String> {
+    pub(super) fn chunk_store(&self, domain: Option<&v1::KeyDomain>) -> Result<ChunkStore, String> {
         let bases = self.volumes.bases();
         bases.keyring().chunk_store(bases.objects(), domain).map_err(|error| error.to_string())
     }
@@ -241,7 +329,7 @@ impl Snapshots {
         let bases = self.volumes.bases();
         let domain = bases.keyring().domain(before.domain().as_str()).map_err(|error| error.to_string())?;
         let store = ChunkStore::new(bases.objects().clone(), domain);
-        let changed = frozen.disk.chunks().clone();
+        let changed = frozen.disk.chunks();
         let last = frozen.placed.wanted.size_bytes.div_ceil(CHUNK_BYTES as u64);
         let unchanged: Vec<u64> = before.chunks().filter(|chunk| *chunk < last && !changed.contains(*chunk)).collect();
         Ok(frozen.disk.source().then(
@@ -253,160 +341,50 @@ impl Snapshots {
         ))
     }
 
-    async fn finish(&self, frozen: &Making, uploaded: &Uploaded) -> Result<(), String> {
-        let root = uploaded.manifest.root_hash.to_string();
-        let lineage = Lineage { snapshot_id: frozen.wanted.snapshot_id.clone(), root: root.clone() };
-        let placed = frozen.placed.clone();
-        let noted = tokio::task::spawn_blocking(move || placed.set_lineage(&lineage)).await;
-        noted.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
-        frozen.disk.thaw(false).await;
+    /// Notes what the next snapshots build on, then reports.
+    async fn finish(&self, set: &[Making], uploaded: &[Uploaded]) -> Result<(), String> {
+        let mut noted: Vec<(&Placed, Option<Lineage>)> = Vec::new();
+        for (frozen, uploaded) in set.iter().zip(uploaded) {
+            let placed = &frozen.placed;
+            let before = placed.read_lineage(None).await.unwrap_or_default();
+            let root = uploaded.manifest.root_hash.to_string();
+            let lineage = Lineage { snapshot_id: frozen.wanted.snapshot_id.clone(), root };
+            if let Err(error) = placed.write_lineage(lineage).await {
+                // All or none: the others build on what they built on before.
+                for (placed, before) in noted {
+                    if let Some(before) = before
+                        && let Err(error) = placed.write_lineage(before).await
+                    {
+                        tracing::error!(volume = %placed.id, %error, "the volume's next snapshot builds on a failed one");
+                    }
+                }
+                return Err(error.to_string());
+            }
+            noted.push((placed, before));
+        }
+        for frozen in set {
+            frozen.disk.thaw(false).await;
+        }
         let chunk = CHUNK_BYTES as u64;
-        let chunks = uploaded.chunks;
-        self.reports.publish_snapshot(SnapshotReport {
-            snapshot_id: frozen.wanted.snapshot_id.clone(),
-            state: ObservedSnapshot::Completed.into(),
-            done_chunks: chunks.chunks_done,
-            total_chunks: chunks.chunks_total,
-            root,
-            incremental_bytes: (chunks.chunks_written + chunks.chunks_found) * chunk,
-            full_bytes: uploaded.manifest.present_chunks * chunk,
-            error: String::new(),
-        });
+        for (frozen, uploaded) in set.iter().zip(uploaded) {
+            let chunks = uploaded.chunks;
+            self.reports.publish_snapshot(SnapshotReport {
+                snapshot_id: frozen.wanted.snapshot_id.clone(),
+                state: ObservedSnapshot::Completed.into(),
+                done_chunks: chunks.chunks_done,
+                total_chunks: chunks.chunks_total,
+                root: uploaded.manifest.root_hash.to_string(),
+                incremental_bytes: (chunks.chunks_written + chunks.chunks_found) * chunk,
+                full_bytes: uploaded.manifest.present_chunks * chunk,
+                error: String::new(),
+            });
+        }
         Ok(())
-    }
-
-    /// Takes over that a volume is to leave, unless it is known.
-    pub fn leave(self: &Arc<Self>, desired: v1::DesiredVolume) {
-        let Some(volume) = desired.volume.clone() else { return };
-        let mut leaving = self.leaving.lock();
-        leaving.retain(|_, (_, task)| !task.is_finished());
-        if let Some((generation, task)) = leaving.get(&volume.volume_id) {
-            if *generation >= desired.generation {
-                return;
-            }
-            task.abort();
-        }
-        let this = self.clone();
-        let (id, generation) = (volume.volume_id.clone(), desired.generation);
-        leaving.insert(id, (generation, tokio::spawn(async move { this.depart(&volume, &desired).await })));
-    }
-
-    /// At its backend, whichever host it is.
-    async fn make_or_delete(&self, volume: &v1::HostVolume, wish: v1::VolumeWish) -> Result<VolumeOutcome, String> {
-        let network = self.volumes.network();
-        let (done, outcome) = match wish {
-            v1::VolumeWish::Created => (network.create(volume).await, VolumeOutcome::Created),
-            v1::VolumeWish::Deleted => (network.delete(volume).await, VolumeOutcome::Gone),
-            other => return Err(format!("volume {}: {other:?} is nothing for a backend", volume.volume_id)),
-        };
-        done.map(|()| outcome).map_err(|error| error.to_string())
-    }
-
-    async fn depart(&self, volume: &v1::HostVolume, desired: &v1::DesiredVolume) {
-        let report = |outcome: VolumeOutcome, root: String, error: String| VolumeReport {
-            volume_id: volume.volume_id.clone(),
-            observed_generation: desired.generation,
-            outcome: outcome.into(),
-            root,
-            error,
-        };
-        let at_backend = |outcome, error| self.reports.publish_volume(report(outcome, String::new(), error));
-        while is_network(volume) {
-            match self.make_or_delete(volume, desired.wish()).await {
-                Ok(outcome) => return at_backend(outcome, String::new()),
-                Err(error) => {
-                    tracing::warn!(volume = volume.volume_id, error, "a volume's backend");
-                    at_backend(VolumeOutcome::Failed, error);
-                    sleep(PAUSE).await;
-                }
-            }
-        }
-        loop {
-            match self.try_depart(volume, desired).await {
-                Ok(Some(root)) => {
-                    return self.reports.publish_volume(report(VolumeOutcome::Released, root, String::new()));
-                }
-                Ok(None) => {
-                    let nothing = String::new();
-                    return self.reports.publish_volume(report(VolumeOutcome::Gone, nothing.clone(), nothing));
-                }
-                Err(error) => {
-                    tracing::warn!(volume = volume.volume_id, error, "the volume cannot leave yet");
-                    self.reports.publish_volume(report(VolumeOutcome::Failed, String::new(), error));
-                    sleep(PAUSE).await;
-                }
-            }
-        }
-    }
-
-    /// Answers the root of what was uploaded. `None` = nothing was to be, or nothing is here: be it that it left before an earlier
-    /// agent could tell, or that it never came. The control plane knows which.
-    async fn try_depart(&self, volume: &v1::HostVolume, desired: &v1::DesiredVolume) -> Result<Option<String>, String> {
-        let id: VolumeId = volume.volume_id.parse().map_err(|error| format!("{error}"))?;
-        if !self.volumes.is_here(&id) {
-            return Ok(None);
-        }
-        let mut root = None;
-        if desired.wish() == v1::VolumeWish::Released {
-            let placed = self.volumes.place(volume).await.map_err(|error| error.to_string())?;
-            root = Some(self.upload_offline(&placed, desired).await?);
-        } else {
-            let placed = self.volumes.place(volume).await;
-            // Nobody may have it open.
-            if let Ok(placed) = placed {
-                let free = tokio::task::spawn_blocking(move || placed.open_offline().map(drop)).await;
-                let free = free.map_err(|error| error.to_string())?;
-                if let Err(error) = free
-                    && error.is_transient()
-                {
-                    return Err(error.to_string());
-                }
-            }
-        }
-        let volumes = self.volumes.clone();
-        let deleted = tokio::task::spawn_blocking(move || volumes.delete(&id)).await;
-        deleted.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
-        Ok(root)
-    }
-
-    async fn upload_offline(&self, placed: &Placed, desired: &v1::DesiredVolume) -> Result<String, String> {
-        let objects = self.volumes.bases().objects();
-        let store = self.chunk_store(desired.key_domain.as_ref())?;
-        let lineage = placed.lineage();
-        let parent = match &lineage {
-            Some(lineage) => load_parent(objects.as_ref(), lineage).await?,
-            None => None,
-        };
-        // Of another key domain, when the volume is encrypted and what it was made from is not.
-        let parent = parent.filter(|parent| parent.domain() == store.domain().id());
-        // Without what the DIRTY bits are relative to they say too little.
-        let in_full = lineage.is_some() && parent.is_none();
-        let opened = placed.clone();
-        let volume = tokio::task::spawn_blocking(move || opened.open_offline()).await;
-        let volume = Arc::new(volume.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?);
-        let spec = ManifestSpec {
-            id: SnapshotKey::new(&desired.manifest_id).map_err(|error| error.to_string())?,
-            size_bytes: volume.size_bytes(),
-            epoch: Epoch(desired.epoch),
-        };
-        let chunks: Vec<u64> = match in_full {
-            true => (0..volume.size_bytes().div_ceil(CHUNK_BYTES as u64)).collect(),
-            false => volume.dirty_chunks().iter().collect(),
-        };
-        let (reader, base) = (volume.clone(), placed.base.clone());
-        let read = move |chunk: u64| {
-            let (volume, base) = (reader.clone(), base.clone());
-            async move { read_offline(&volume, base.as_deref(), chunk).await.map_err(SourceError::from) }.boxed()
-        };
-        let source = IndexedSource::new(chunks, Box::new(read));
-        let uploaded =
-            SnapshotUpload::new(store, spec, parent).run(&source).await.map_err(|error| error.to_string())?;
-        Ok(uploaded.manifest.root_hash.to_string())
     }
 }
 
 /// The manifest, unless the store does not have it (any more).
-async fn load_parent(
+pub(super) async fn load_parent(
     objects: &dyn hearth_snapshot::ObjectStore,
     lineage: &Lineage,
 ) -> Result<Option<Arc<Manifest>>, String> {
@@ -426,28 +404,16 @@ async fn load_parent(
     }
 }
 
-/// Reads a chunk of a volume that this process has open; `None` = zeros.
-async fn read_offline(
-    volume: &Arc<OfflineVolume>,
-    base: Option<&super::Base>,
-    chunk: u64,
-) -> Result<Option<Bytes>, String> {
-    loop {
-        let reader = volume.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let mut content = vec![0; CHUNK_BYTES];
-            reader.read_chunk(chunk, &mut content).map(|()| content)
-        });
-        match read.await.map_err(|error| error.to_string())? {
-            Ok(content) if content.iter().all(|byte| *byte == 0) => return Ok(None),
-            Ok(content) => return Ok(Some(content.into())),
-            Err(BlockError::ChunkMissing { .. }) if base.is_some() => {
-                if let Some(base) = base {
-                    base.ensure(chunk).await;
-                }
-            }
-            Err(error) => return Err(error.to_string()),
-        }
+/// Why a point in time is not fixed.
+enum Unfixed {
+    /// A VMM begins or ends; it is known soon.
+    Now(String),
+    Ever(String),
+}
+
+impl From<String> for Unfixed {
+    fn from(error: String) -> Self {
+        Self::Ever(error)
     }
 }
 
@@ -455,20 +421,9 @@ async fn read_offline(
 struct Making {
     wanted: v1::DesiredSnapshot,
     placed: Placed,
-    disk: Frozen,
+    disk: Arc<Frozen>,
 }
 
-/// Copies what has changed since the last snapshot of a volume that nobody has open.
-async fn copy_offline(one: &mut Making) -> Result<(), String> {
-    let opened = one.placed.clone();
-    let volume = tokio::task::spawn_blocking(move || opened.open_offline()).await;
-    let volume = Arc::new(volume.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?);
-    let chunks = volume.dirty_chunks();
-    for chunk in chunks.iter() {
-        if let Some(content) = read_offline(&volume, one.placed.base.as_deref(), chunk).await? {
-            one.disk.put(chunk, content).await?;
-        }
-    }
-    one.disk.fixed_offline(chunks);
-    Ok(())
-}
+#[cfg(test)]
+#[path = "snapshots_test.rs"]
+mod tests;

@@ -22,7 +22,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::base::{Base, BaseError, Bases};
+use super::base::{Base, BaseError};
+use super::bases::Bases;
 use super::keyring::KeyError;
 use super::network::NetworkVolumes;
 use crate::boot::ReadAt;
@@ -63,6 +64,14 @@ pub enum VolumeError {
         /// What is wrong.
         source: MapError,
     },
+    /// Its files are not where they were.
+    #[error("volume {id}: the host has lost it: {} is missing; is a file system not mounted?", path.display())]
+    Lost {
+        /// Which volume.
+        id: String,
+        /// Its folder.
+        path: PathBuf,
+    },
     /// Opening or reading it.
     #[error("volume {id}: {source}")]
     Block {
@@ -77,12 +86,17 @@ impl VolumeError {
     /// Whether trying again later may help without anybody mending anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Spec { .. } | Self::Map { .. } => false,
+            Self::Spec { .. } | Self::Map { .. } | Self::Lost { .. } => false,
             Self::Base(error) => error.is_transient(),
             Self::Key(error) => error.is_transient(),
             Self::Io { .. } => true,
             Self::Block { source, .. } => matches!(source, BlockError::InUse | BlockError::ChunkMissing { .. }),
         }
+    }
+
+    /// Somebody else has the volume open.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Self::Block { source: BlockError::InUse, .. })
     }
 }
 
@@ -141,13 +155,44 @@ impl Placed {
         Ok(volume)
     }
 
-    /// The manifest that its DIRTY bits are relative to.
-    pub fn lineage(&self) -> Option<Lineage> {
-        let text = read_if_exists(&self.folder.join("lineage.json")).ok().flatten()?;
-        serde_json::from_slice(&text).ok()
+    /// The manifest that its DIRTY bits are relative to; `None` = none, all that was ever written is DIRTY. `parent` is the
+    /// manifest that the control plane takes for it, if it knows one. Blocks.
+    ///
+    /// # Errors
+    /// It cannot be read, or there must be one and is not: then DIRTY says too little.
+    pub fn lineage(&self, parent: Option<&v1::BaseSnapshot>) -> Result<Option<Lineage>, VolumeError> {
+        let path = self.folder.join("lineage.json");
+        let Some(text) = read_if_exists(&path).map_err(io_error("reading", &path))? else {
+            return match parent.or(self.wanted.base.as_ref()) {
+                None => Ok(None),
+                Some(_) => Err(io_error("reading", &path)(io::ErrorKind::NotFound.into())),
+            };
+        };
+        let lineage = serde_json::from_slice(&text);
+        lineage.map(Some).map_err(|error| io_error("reading", &path)(error.into()))
     }
 
-    /// Notes it, durably.
+    /// [`Self::lineage`], off the runtime's own threads.
+    pub async fn read_lineage(&self, parent: Option<&v1::BaseSnapshot>) -> Result<Option<Lineage>, VolumeError> {
+        let (this, parent) = (self.clone(), parent.cloned());
+        self.blocking(move || this.lineage(parent.as_ref())).await
+    }
+
+    /// [`Self::set_lineage`], off the runtime's own threads.
+    pub async fn write_lineage(&self, lineage: Lineage) -> Result<(), VolumeError> {
+        let this = self.clone();
+        self.blocking(move || this.set_lineage(&lineage)).await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+    ) -> Result<T, VolumeError> {
+        let failed = |error| io_error("working in", &self.folder)(io::Error::other(error));
+        tokio::task::spawn_blocking(work).await.map_err(failed)?
+    }
+
+    /// Notes the manifest that DIRTY is relative to from now on, durably. Blocks.
     pub fn set_lineage(&self, lineage: &Lineage) -> Result<(), VolumeError> {
         let path = self.folder.join("lineage.json");
         let text = serde_json::to_vec(lineage).map_err(|error| io_error("writing", &path)(error.into()))?;
@@ -194,6 +239,40 @@ impl HostVolumes {
     /// Whether anything of a volume is here.
     pub fn is_here(&self, id: &VolumeId) -> bool {
         self.layout.volume(id).exists()
+    }
+
+    /// Whether something has a volume open that is here. Blocks.
+    pub fn is_in_use(&self, id: &VolumeId) -> Result<bool, VolumeError> {
+        let path = self.layout.volume(id).join("map");
+        let map = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            map => map.map_err(io_error("opening", &path))?,
+        };
+        let mut lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        let asked = nix::fcntl::fcntl(&map, nix::fcntl::FcntlArg::F_OFD_GETLK(&mut lock));
+        asked.map_err(|errno| io_error("looking for a lock of", &path)(errno.into()))?;
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    }
+
+    /// The volume as it is wanted, which is here already.
+    ///
+    /// # Errors
+    /// [`VolumeError::Lost`] when it is not.
+    pub async fn find(&self, wanted: &v1::HostVolume) -> Result<Placed, VolumeError> {
+        let id: VolumeId = wanted
+            .volume_id
+            .parse()
+            .map_err(|error| VolumeError::Spec { id: wanted.volume_id.clone(), reason: format!("{error}") })?;
+        if !self.is_here(&id) {
+            return Err(VolumeError::Lost { path: self.layout.volume(&id), id: wanted.volume_id.clone() });
+        }
+        self.place(wanted).await
     }
 
     /// The volume as it is wanted, made if it is not here yet.

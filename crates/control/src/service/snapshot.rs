@@ -189,7 +189,7 @@ pub(crate) struct Order {
 
 /// The records of a new snapshot of a volume as it is now, in the current epoch.
 pub(crate) fn new_record(tables: &Tables, order: &Order, spec: &rec::VolumeSpec) -> ApiResult<rec::SnapshotSpec> {
-    let host_volume = spec.volume.clone().unwrap_or_default();
+    let host_volume = v1::HostVolume { opened: spec.opened, ..spec.volume.clone().unwrap_or_default() };
     Ok(rec::SnapshotSpec {
         schema_version: SCHEMA_VERSION,
         snapshot_id: SnapshotId::generate()?.to_string(),

@@ -142,7 +142,7 @@ pub(crate) fn new_record(
             throughput_mibps: shape.throughput_mibps,
             data_key,
             encrypted,
-            backend: String::new(),
+            ..Default::default()
         }),
         encrypted,
         volume_type: shape.kind.name().to_owned(),

@@ -187,15 +187,24 @@ async fn a_root_volume_that_a_guest_has_spoiled_is_not_the_images_fault() {
     agent.until(&id, State::Running, 1).await;
     agent.supervisor.apply(wanted.want(&id, RunState::Stopped));
     agent.until(&id, State::Stopped, 2).await;
+    let root = agent.root_folder(&id);
+    let kept = world.layout().state_root().join("kept");
+    let copied = std::process::Command::new("cp").arg("-a").args([&root, &kept]).status();
+    assert!(copied.unwrap().success());
     agent.wipe_root(&id).await;
     agent.supervisor.apply(wanted.want(&id, RunState::Running));
     let reason = agent.until(&id, State::Failed, 3).await.reason.unwrap();
     assert_eq!(reason.code, StateReason::CLIENT_INTERNAL_ERROR);
     assert!(reason.message.contains("does not boot any more: the root disk has neither"), "{reason:?}");
-    // Restored, it starts again.
-    std::fs::remove_dir_all(agent.root_folder(&id)).unwrap();
+    // One that is gone is not made anew.
+    std::fs::remove_dir_all(&root).unwrap();
     agent.supervisor.apply(wanted.want(&id, RunState::Running));
-    assert_eq!(agent.until(&id, State::Running, 4).await.boot_count, 2);
+    let reason = agent.until(&id, State::Failed, 4).await.reason.unwrap();
+    assert!(reason.message.contains("the host has lost it") && !root.exists(), "{reason:?}");
+    // Restored, it starts again.
+    std::fs::rename(&kept, &root).unwrap();
+    agent.supervisor.apply(wanted.want(&id, RunState::Running));
+    assert_eq!(agent.until(&id, State::Running, 5).await.boot_count, 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -24,7 +24,7 @@ use super::world::World;
 use crate::instance::Attachment;
 use crate::instance::volumes::Slots;
 use crate::launch::{Backing, Disk, DiskControl, DiskLimits, FreezeDisk, LaunchError};
-use crate::storage::{Bases, HostVolumes, Keyring, NetworkVolumes};
+use crate::storage::{Bases, HostVolumes, Keyring, NetworkVolumes, Snapshots};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -239,12 +239,15 @@ impl Guest {
 /// One life of an agent's instance task.
 struct Life {
     slots: Slots,
-    volumes: HostVolumes,
+    volumes: Arc<HostVolumes>,
+    snapshots: Snapshots,
 }
 
 impl Life {
     fn new(site: &Site) -> Self {
-        Self { slots: Slots::default(), volumes: site.volumes() }
+        let volumes = Arc::new(site.volumes());
+        let snapshots = Snapshots::new(site.world.layout(), volumes.clone(), Arc::default()).unwrap();
+        Self { slots: Slots::default(), volumes, snapshots }
     }
 
     /// Works until the volume's report is as wanted.
@@ -262,7 +265,7 @@ impl Life {
                 self.slots.hear(&event);
             }
             let attachments = std::slice::from_ref(attachment);
-            self.slots.approach(attachments, &self.volumes, &disks, 1, |_| false).await;
+            self.slots.approach(attachments, &self.volumes, &self.snapshots, &disks, 1, |_| false).await;
             let report = self.slots.reports(true, attachments).pop().unwrap_or_default();
             if wanted(&report) {
                 return report;
