@@ -23,6 +23,7 @@ mod layer;
 mod life;
 mod live;
 mod mappings;
+mod modification;
 mod object_store_options;
 mod paging;
 mod pki;

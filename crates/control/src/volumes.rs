@@ -8,6 +8,7 @@ use v1::ObservedAttachment as Seen;
 
 use crate::clock;
 use crate::life;
+use crate::modification;
 use crate::tables::Tables;
 
 /// EC2's state of a volume.
@@ -26,7 +27,7 @@ pub(crate) fn state_of(spec: &rec::VolumeSpec) -> VolumeState {
 }
 
 /// The volume's place in its instance.
-fn slot<'a>(instance: &'a rec::InstanceSpec, volume_id: &str) -> Option<&'a v1::AttachedVolume> {
+pub(crate) fn slot<'a>(instance: &'a rec::InstanceSpec, volume_id: &str) -> Option<&'a v1::AttachedVolume> {
     let volumes = instance.spec.iter().flat_map(|spec| &spec.volumes);
     volumes.into_iter().find(|attached| id_of(attached) == volume_id)
 }
@@ -37,7 +38,7 @@ pub(crate) fn id_of(attached: &v1::AttachedVolume) -> &str {
 }
 
 /// What the host said last of this very attachment.
-fn seen<'a>(
+pub(crate) fn seen<'a>(
     status: Option<&'a rec::InstanceStatus>,
     attached: &v1::AttachedVolume,
 ) -> Option<&'a v1::AttachedVolumeReport> {
@@ -124,42 +125,6 @@ pub(crate) fn attachment(tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::
     })
 }
 
-/// Whether a modification is not complete: the guest of a running instance has to see the new size; everything else is done when
-/// it is written.
-pub(crate) fn is_being_modified(tables: &Tables, spec: &rec::VolumeSpec) -> bool {
-    let grown = spec.modification.as_ref().filter(|change| change.target_size_bytes > change.original_size_bytes);
-    let size_bytes = spec.volume.as_ref().map_or(0, |volume| volume.size_bytes);
-    grown.is_some()
-        && tables.instance(&spec.instance_id).is_some_and(|(instance, status)| {
-            life::state_of(&instance, status.as_deref()) == InstanceState::Running
-                && slot(&instance, &spec.volume_id)
-                    .and_then(|attached| seen(status.as_deref(), attached))
-                    .is_none_or(|report| report.size_bytes < size_bytes)
-        })
-}
-
-fn modification(tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::VolumeModification> {
-    let change = spec.modification.as_ref()?;
-    let waiting = is_being_modified(tables, spec);
-    let start_time = clock::rfc3339(change.started_ms);
-    Some(v1::VolumeModification {
-        volume_id: spec.volume_id.clone(),
-        modification_state: if waiting { "modifying" } else { "completed" }.to_owned(),
-        status_message: String::new(),
-        target_size_bytes: change.target_size_bytes,
-        target_volume_type: change.target_volume_type.clone(),
-        target_iops: change.target_iops,
-        target_throughput_mibps: change.target_throughput_mibps,
-        original_size_bytes: change.original_size_bytes,
-        original_volume_type: change.original_volume_type.clone(),
-        original_iops: change.original_iops,
-        original_throughput_mibps: change.original_throughput_mibps,
-        progress: if waiting { 0 } else { 100 },
-        end_time: if waiting { String::new() } else { start_time.clone() },
-        start_time,
-    })
-}
-
 /// A volume as the API shows it.
 pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
     let volume = spec.volume.clone().unwrap_or_default();
@@ -194,7 +159,7 @@ pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
         create_time: clock::rfc3339(spec.created_ms),
         status: status.into(),
         status_detail,
-        modification: modification(tables, spec),
+        modification: modification::view(tables, spec),
         host_id: if volume.backend.is_empty() { spec.host_id.clone() } else { String::new() },
         backend: volume.backend,
     }
@@ -221,6 +186,7 @@ pub(crate) fn want_attached(
 pub(crate) fn place(volume: &mut rec::VolumeSpec, instance: &mut rec::InstanceSpec) {
     volume.host_id.clone_from(&instance.host_id);
     volume.releasing = false;
+    modification::end(volume);
     volume.opened |= instance.run() != v1::RunState::Stopped;
     let host_volume = volume.volume.get_or_insert_default();
     host_volume.volume_id.clone_from(&volume.volume_id);
@@ -240,14 +206,16 @@ pub(crate) fn place(volume: &mut rec::VolumeSpec, instance: &mut rec::InstanceSp
 /// The volume's record after it left its instance. A release that has begun goes on: its host may have dropped the data already,
 /// and only the host's report tells where the content is then.
 pub(crate) fn detached(spec: &rec::VolumeSpec) -> rec::VolumeSpec {
-    rec::VolumeSpec {
+    let mut new = rec::VolumeSpec {
         instance_id: String::new(),
         device_name: String::new(),
         delete_on_termination: false,
         attach_wanted_ms: 0,
         replaced: false,
         ..spec.clone()
-    }
+    };
+    modification::end(&mut new);
+    new
 }
 
 /// The volume's record after its data was lost with its host, or by it; `how` says what the host did.

@@ -137,6 +137,14 @@ impl VolumeType {
         }
     }
 
+    /// IOPS of a volume that becomes one of this type when none are asked for: 3,000, or what its size allows. `None` where they
+    /// follow from the size. Source: <https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_ModifyVolume.html>
+    pub fn iops_after_change(self, size_bytes: u64) -> Option<u32> {
+        let (least, most, per_gib) = self.iops_range()?;
+        let by_size = u32::try_from(size_bytes.div_ceil(GIB).saturating_mul(per_gib)).unwrap_or(u32::MAX);
+        Some(by_size.clamp(least, most).min(3000))
+    }
+
     /// Checks a volume of this type and tells what it may do. `None` asks for the type's own figure, 0 for none.
     pub fn limits(
         self,
@@ -254,6 +262,20 @@ mod tests {
         assert_eq!(limits("sc1", 125, None, None), Ok((0, 9)));
         assert_eq!(limits("standard", 1, None, None), Ok((200, 90)));
         assert_eq!(limits("gp3", 1, Some(0), Some(0)), Ok((0, 0)));
+    }
+
+    #[test]
+    fn a_changed_type_begins_with_the_iops_of_ebs() {
+        let after = |kind: VolumeType, gib: u64| kind.iops_after_change(gib * GIB);
+        assert_eq!((after(VolumeType::Io2, 100), after(VolumeType::Io1, 100)), (Some(3000), Some(3000)));
+        assert_eq!((after(VolumeType::Gp3, 1), after(VolumeType::Io1, 8)), (Some(3000), Some(400)));
+        assert_eq!((after(VolumeType::Gp2, 8), after(VolumeType::St1, 200)), (None, None));
+        for kind in VolumeType::ALL {
+            let (least, most) = kind.sizes();
+            for size in [least, most] {
+                assert!(kind.limits(size, kind.iops_after_change(size), None).is_ok(), "{kind} of {size}");
+            }
+        }
     }
 
     #[test]

@@ -9,9 +9,11 @@ use hearth_store::Txn;
 use super::instance::check_id;
 use super::run::Claim;
 use crate::api_error::{ApiError, ApiResult};
+use crate::clock;
 use crate::core::{Commit, Core, encode, id_value};
 use crate::keys;
 use crate::life::{self, Change, Origin};
+use crate::modification;
 use crate::placement;
 use crate::tables::{SCHEMA_VERSION, Versioned, account_of};
 use crate::volumes;
@@ -173,12 +175,17 @@ async fn commit_change(core: &Arc<Core>, spec: &Spec, status: &InstanceStatus, c
     }
     let txn = {
         let tables = core.tables();
-        let left = tables.volumes.values().filter(|volume| volume.instance_id == id);
-        left.fold(txn, |txn, volume| {
+        let wanted = change.spec.as_ref().unwrap_or(spec);
+        let seen = change.status.as_ref().or(status.as_deref());
+        let of_instance = tables.volumes.values().filter(|volume| volume.instance_id == id);
+        of_instance.fold(txn, |txn, volume| {
             let new = match (ended, change.detached.contains(&volume.volume_id)) {
                 (true, _) => volumes::instance_ended(volume),
                 (false, true) => volumes::detached(volume),
-                (false, false) => return txn,
+                (false, false) => match modification::settled(volume, wanted, seen, clock::now_ms()) {
+                    Some(new) => new,
+                    None => return txn,
+                },
             };
             let key = keys::volume(&volume.account_id, &volume.volume_id);
             txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&new))

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
-use hearth_types::{VolumeId, VolumeState, VolumeType, volume::GIB};
+use hearth_types::{InstanceState, VolumeId, VolumeState, VolumeType, volume::GIB};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -20,6 +20,8 @@ use crate::check;
 use crate::clock;
 use crate::core::{Commit, encode};
 use crate::keys;
+use crate::life;
+use crate::modification;
 use crate::paging::Pager;
 use crate::storage::{self, Storage};
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
@@ -345,26 +347,40 @@ impl Api {
                         format!("volume {} is on its way to another host; try again when it is there", spec.volume_id);
                     return Err(ApiError::wrong_state("IncorrectState", message).with("volume_id", &spec.volume_id));
                 }
-                if volumes::is_being_modified(tables, spec) {
-                    let message =
-                        format!("volume {} is still being modified; its guest has to see the new size", spec.volume_id);
+                if modification::is_going_on(tables, spec) {
+                    let message = format!(
+                        "volume {} is still being modified: its guest has yet to get the last change",
+                        spec.volume_id
+                    );
                     let error = ApiError::wrong_state("IncorrectModificationState", message);
                     return Err(error.with("volume_id", &spec.volume_id));
                 }
-                let new = modified(spec, &request)?;
+                let mut new = modified(spec, &request)?;
                 let key = keys::volume(account, &spec.volume_id);
-                let mut txn = Txn::new().compare_mod_revision(&key, spec.revision).put(&key, encode(&new));
-                if let Some((instance, _)) = tables.instance(&spec.instance_id) {
+                let mut txn = Txn::new().compare_mod_revision(&key, spec.revision);
+                let mut told_generation = 0;
+                if let Some((instance, status)) = tables.instance(&spec.instance_id) {
                     let mut with = (*instance.value).clone();
+                    with.generation = with.generation.saturating_add(1);
                     let of_instance = with.spec.iter_mut().flat_map(|spec| &mut spec.volumes);
+                    let open = life::state_of(&instance, status.as_deref()) != InstanceState::Stopped;
                     for attached in of_instance.filter(|attached| volumes::id_of(attached) == spec.volume_id) {
                         attached.volume.clone_from(&new.volume);
+                        told_generation = if open { with.generation } else { 0 };
                     }
-                    with.generation = with.generation.saturating_add(1);
                     let key = keys::instance_spec(account, &spec.instance_id);
-                    txn = txn.compare_mod_revision(&key, instance.revision).put(&key, encode(&with));
+                    let status_key = keys::instance_status(account, &spec.instance_id);
+                    txn = txn
+                        .compare_mod_revision(&key, instance.revision)
+                        .compare_mod_revision(&status_key, status.map_or(0, |status| status.revision))
+                        .put(&key, encode(&with));
                 }
-                Ok((Some(txn), ()))
+                if told_generation == 0 {
+                    modification::end(&mut new);
+                } else if let Some(change) = &mut new.modification {
+                    change.told_generation = told_generation;
+                }
+                Ok((Some(txn.put(&key, encode(&new))), ()))
             })
             .await?;
         let tables = self.core.tables();
@@ -405,7 +421,10 @@ fn modified(spec: &rec::VolumeSpec, request: &v1::ModifyVolumeRequest) -> ApiRes
     // What was provisioned is kept with the type; another type begins with its own figures.
     let same = kind == spec.volume_type;
     let provisioned = same && matches!(kind, "gp3" | "io1" | "io2");
-    let iops = request.iops.or_else(|| (provisioned || (same && volume.iops == 0)).then_some(volume.iops));
+    let kept = (provisioned || (same && volume.iops == 0)).then_some(volume.iops);
+    // A type that is unknown is refused below.
+    let iops_after = |size| kind.parse::<VolumeType>().ok().and_then(|kind| kind.iops_after_change(size));
+    let iops = request.iops.or(kept).or_else(|| iops_after(size).filter(|_| !same));
     let throughput = request
         .throughput_mibps
         .or_else(|| (same && (kind == "gp3" || volume.throughput_mibps == 0)).then_some(volume.throughput_mibps));
@@ -417,6 +436,8 @@ fn modified(spec: &rec::VolumeSpec, request: &v1::ModifyVolumeRequest) -> ApiRes
         original_throughput_mibps: volume.throughput_mibps,
         started_ms: clock::now_ms(),
         ended_ms: 0,
+        told_generation: 0,
+        error: String::new(),
         target_size_bytes: shape.size_bytes,
         target_volume_type: shape.kind.name().to_owned(),
         target_iops: shape.iops,

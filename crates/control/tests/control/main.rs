@@ -20,6 +20,7 @@ mod images;
 mod lease;
 mod life;
 mod lists;
+mod modifications;
 mod objects;
 mod placement;
 mod replace;

@@ -483,53 +483,6 @@ async fn volumes_on_a_removed_host_are_in_error_and_say_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_grows_under_its_guest() {
-    let dir = tempfile::tempdir().unwrap();
-    let cloud = Cloud::start(dir.path()).await;
-    let (agent, session) = FakeAgent::connected(&cloud, "host-a").await;
-    let mut user = cloud.user().await;
-    let image = user.import("debian").await;
-    let (id, root) = user.run_one(request(&image, "t3.nano")).await;
-    let modify = |size: Option<u64>, kind: Option<&str>, iops: Option<u32>| v1::ModifyVolumeRequest {
-        volume_id: root.clone(),
-        size_bytes: size.map(|gib| gib * GIB),
-        volume_type: kind.map(Into::into),
-        iops,
-        throughput_mibps: None,
-    };
-    for (request, expected) in [
-        (modify(None, None, None), "MissingParameter"),
-        (modify(Some(0), None, None), "InvalidParameterValue"),
-        (modify(None, Some("st1"), None), "InvalidParameterValue"),
-        (modify(None, None, Some(1)), "InvalidParameterValue"),
-    ] {
-        assert_eq!(reason(&user.volumes.modify_volume(request).await.unwrap_err()), expected);
-    }
-    agent.memory.lock().manners.silent = true;
-    let change = user.volumes.modify_volume(modify(Some(20), None, Some(4000))).await.unwrap().into_inner();
-    assert_eq!((change.modification_state.as_str(), change.progress), ("modifying", 0));
-    assert_eq!((change.original_size_bytes, change.target_size_bytes, change.target_iops), (GIB, 20 * GIB, 4000));
-    let early = user.volumes.modify_volume(modify(Some(30), None, None)).await.unwrap_err();
-    assert_eq!(reason(&early), "IncorrectModificationState");
-    until("the host is told the limits", || async {
-        let told = agent.memory.lock().has[&id].desired.spec.clone().unwrap().volumes.remove(0).volume.unwrap();
-        ((told.size_bytes, told.iops, told.throughput_mibps) == (20 * GIB, 4000, 125)).then_some(())
-    })
-    .await;
-    agent.memory.lock().manners.silent = false;
-    agent.observe(&session, &id, |report| report.volumes[0].size_bytes = 20 * GIB).await;
-    let done = |volume: &v1::Volume| volume.modification.as_ref().is_some_and(|m| m.modification_state == "completed");
-    let grown = user.wait_volume(&root, "grown", done).await;
-    assert_eq!((grown.size_bytes, grown.iops, grown.throughput_mibps), (20 * GIB, 4000, 125));
-    assert_eq!(user.get(&id).await.block_devices[0].size_bytes, 20 * GIB);
-    let other = user.volumes.modify_volume(modify(None, Some("gp2"), None)).await.unwrap().into_inner();
-    assert_eq!((other.original_iops, other.target_iops, other.target_throughput_mibps), (4000, 3000, 128));
-    let list = v1::ListVolumeModificationsRequest::default();
-    let listed = user.volumes.list_volume_modifications(list).await.unwrap().into_inner().modifications;
-    assert_eq!(listed.len(), 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_refused_start_does_not_move_an_instance_away_from_its_data() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start(dir.path()).await;
