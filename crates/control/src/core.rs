@@ -1,5 +1,6 @@
 //! What all parts of the control plane share: the store behind its leader guard, the tables, the scheduler's books, sessions.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -279,13 +280,21 @@ impl Core {
         let _ = self.changes.send(Arc::new(touched));
     }
 
+    /// The same for a volume.
+    pub fn announce_volume(&self, volume: &str) {
+        let touched = Touched { volumes: [volume.to_owned()].into(), ..Touched::default() };
+        // No receiver is no error.
+        let _ = self.changes.send(Arc::new(touched));
+    }
+
     /// A host's session came or went: new placements, status checks and watchers follow.
     pub fn host_changed(&self, host: &str) {
-        let instances = self.with_placement(|tables, placement| {
+        let (instances, volumes) = self.with_placement(|tables, placement| {
             placement.sync_host(tables, host, self.live.is_up(host));
-            tables.instances_on.get(host).cloned().unwrap_or_default()
+            let here = |of_hosts: &HashMap<String, BTreeSet<String>>| of_hosts.get(host).cloned().unwrap_or_default();
+            (here(&tables.instances_on), here(&tables.volumes_on))
         });
-        self.announce(Touched { instances, hosts: [host.to_owned()].into(), ..Touched::default() });
+        self.announce(Touched { instances, volumes, hosts: [host.to_owned()].into(), ..Touched::default() });
     }
 
     /// Keeps the lease, and takes it again when a stall has cost it, until another control plane leads. Nothing needs to be

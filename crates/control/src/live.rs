@@ -47,6 +47,15 @@ pub(crate) struct Live {
     progress: Mutex<HashMap<String, v1::Progress>>,
     /// Percent, by snapshot or task.
     percents: Mutex<HashMap<String, u32>>,
+    departures: Mutex<HashMap<String, Departure>>,
+}
+
+/// How far a volume that is to leave its host is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Departure {
+    pub percent: u32,
+    /// Why it does not go on; it is tried again.
+    pub error: String,
 }
 
 impl Live {
@@ -58,6 +67,7 @@ impl Live {
             hosts: Mutex::default(),
             progress: Mutex::default(),
             percents: Mutex::default(),
+            departures: Mutex::default(),
         }
     }
 
@@ -172,5 +182,19 @@ impl Live {
 
     pub fn percent(&self, id: &str) -> u32 {
         self.percents.lock().get(id).copied().unwrap_or(0)
+    }
+
+    /// Notes how far a volume that is to leave its host is; `None` = it has left. `true` when that is new.
+    pub fn set_departure(&self, volume: &str, departure: Option<Departure>) -> bool {
+        let mut all = self.departures.lock();
+        match departure {
+            Some(departure) => all.insert(volume.to_owned(), departure.clone()).as_ref() != Some(&departure),
+            None => all.remove(volume).is_some(),
+        }
+    }
+
+    /// What its host has said last of a volume that is to leave it.
+    pub fn departure(&self, volume: &str) -> Departure {
+        self.departures.lock().get(volume).cloned().unwrap_or_default()
     }
 }

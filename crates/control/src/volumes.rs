@@ -1,4 +1,4 @@
-//! The life of EBS volumes as pure functions of records: what the API shows, and what attaching, detaching and the end of an
+//! The life of EBS volumes as functions of records: what the API shows, and what attaching, detaching and the end of an
 //! instance change. A volume's record says what is wanted; what was seen of an attachment stands in its instance's status.
 
 use hearth_proto::record::v1 as rec;
@@ -6,8 +6,11 @@ use hearth_proto::v1;
 use hearth_types::{AttachmentState, InstanceState, VolumeId, VolumeState};
 use v1::ObservedAttachment as Seen;
 
+use crate::backends;
 use crate::clock;
+use crate::core::Core;
 use crate::life;
+use crate::live::Departure;
 use crate::modification;
 use crate::tables::Tables;
 
@@ -108,11 +111,59 @@ fn attachment_of(tables: &Tables, spec: &rec::VolumeSpec) -> AttachmentState {
     })
 }
 
+/// Host that has the volume's data or, of one that a volume backend keeps, its guest; empty = none.
+fn host_of(tables: &Tables, spec: &rec::VolumeSpec) -> String {
+    match backends::of(spec) {
+        "" => spec.host_id.clone(),
+        _ => tables.instance(&spec.instance_id).map(|(instance, _)| instance.host_id.clone()).unwrap_or_default(),
+    }
+}
+
+/// What goes on with a volume that is to leave its host.
+fn departure_detail(spec: &rec::VolumeSpec, departure: &Departure) -> String {
+    let host = &spec.host_id;
+    match (spec.deleting, departure.error.as_str()) {
+        (true, "") => String::new(),
+        (true, error) => format!("it cannot be deleted on host {host} yet: {error}"),
+        (false, "") => format!("its data comes from host {host}: {} %", departure.percent),
+        (false, error) => format!("its data cannot leave host {host} yet: {error}"),
+    }
+}
+
+/// Status and its detail.
+fn status(core: &Core, tables: &Tables, spec: &rec::VolumeSpec) -> (v1::VolumeStatus, String) {
+    use v1::VolumeStatus::{Impaired, InsufficientData, Ok};
+    if !spec.error.is_empty() {
+        return (Impaired, spec.error.clone());
+    }
+    let host = host_of(tables, spec);
+    if !host.is_empty() && !core.live.connected(&host) {
+        return (InsufficientData, format!("host {host}, which has it, is not connected"));
+    }
+    let report = tables.instance(&spec.instance_id).and_then(|(instance, status)| {
+        let attached = slot(&instance, &spec.volume_id)?;
+        seen(status.as_deref(), attached).cloned()
+    });
+    let trouble = report.map(|report| if report.impaired.is_empty() { report.error } else { report.impaired });
+    if let Some(text) = trouble.filter(|text| !text.is_empty()) {
+        return (Impaired, text);
+    }
+    if !spec.releasing && !spec.deleting {
+        return (Ok, String::new());
+    }
+    let departure = core.live.departure(&spec.volume_id);
+    (if departure.error.is_empty() { Ok } else { Impaired }, departure_detail(spec, &departure))
+}
+
 /// The attachment of a volume as the API shows it; `None` when nobody wants one.
-pub(crate) fn attachment(tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::VolumeAttachment> {
+pub(crate) fn attachment(core: &Core, tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::VolumeAttachment> {
     if spec.instance_id.is_empty() {
         return None;
     }
+    let (progress, detail) = match spec.releasing {
+        true => (core.live.departure(&spec.volume_id).percent, status(core, tables, spec).1),
+        false => (0, String::new()),
+    };
     let state = if spec.replaced { AttachmentState::Detaching } else { attachment_of(tables, spec) };
     Some(v1::VolumeAttachment {
         volume_id: spec.volume_id.clone(),
@@ -122,22 +173,15 @@ pub(crate) fn attachment(tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::
         delete_on_termination: spec.delete_on_termination,
         attach_time: clock::rfc3339(spec.attach_wanted_ms),
         serial: serial(&spec.volume_id),
+        progress,
+        detail,
     })
 }
 
 /// A volume as the API shows it.
-pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
+pub(crate) fn view(core: &Core, tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
     let volume = spec.volume.clone().unwrap_or_default();
-    let report = tables.instance(&spec.instance_id).and_then(|(instance, status)| {
-        let attached = slot(&instance, &spec.volume_id)?;
-        seen(status.as_deref(), attached).cloned()
-    });
-    let trouble = report.map(|report| if report.impaired.is_empty() { report.error } else { report.impaired });
-    let (status, status_detail) = match trouble {
-        Some(text) if !text.is_empty() => (v1::VolumeStatus::Impaired, text),
-        _ if !spec.error.is_empty() => (v1::VolumeStatus::Impaired, spec.error.clone()),
-        _ => (v1::VolumeStatus::Ok, String::new()),
-    };
+    let (status, status_detail) = status(core, tables, spec);
     let reason = (!spec.error.is_empty()).then(|| {
         let code = if volume.backend.is_empty() { "Server.VolumeLost" } else { "Server.InternalError" };
         v1::StateReason { code: code.to_owned(), message: spec.error.clone() }
@@ -154,7 +198,7 @@ pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> v1::Volume {
         encrypted: spec.encrypted,
         state: state_to_proto(state_of(spec)).into(),
         state_reason: reason,
-        attachments: attachment(tables, spec).into_iter().collect(),
+        attachments: attachment(core, tables, spec).into_iter().collect(),
         tags: spec.tags.clone(),
         create_time: clock::rfc3339(spec.created_ms),
         status: status.into(),

@@ -131,7 +131,7 @@ impl View for Volume {
 
 impl View for VolumeAttachment {
     const COLUMNS: &'static [&'static str] =
-        &["VOLUME", "INSTANCE", "DEVICE", "STATE", "SERIAL", "DELETED WITH INSTANCE", "SINCE"];
+        &["VOLUME", "INSTANCE", "DEVICE", "STATE", "SERIAL", "DELETED WITH INSTANCE", "SINCE", "DETAIL"];
     const NARROW: usize = 5;
 
     fn cells(&self) -> Vec<String> {
@@ -143,6 +143,7 @@ impl View for VolumeAttachment {
             self.serial.clone(),
             yes_no(self.delete_on_termination),
             human::age(&self.attach_time, OffsetDateTime::now_utc()),
+            self.detail.clone(),
         ]
     }
 
@@ -155,6 +156,8 @@ impl View for VolumeAttachment {
             "delete_on_termination": self.delete_on_termination,
             "attach_time": self.attach_time,
             "serial": self.serial,
+            "progress": self.progress,
+            "detail": self.detail,
         })
     }
 

@@ -1,6 +1,6 @@
 //! Waiting for volumes and their attachments.
 
-use hearth_proto::v1::{AttachmentState, Volume, VolumeState, WatchVolumesRequest};
+use hearth_proto::v1::{AttachmentState, Volume, VolumeState, VolumeStatus, WatchVolumesRequest};
 
 use super::{Changes, Followed, Shown, Verdict, missed};
 use crate::client::Client;
@@ -58,10 +58,14 @@ impl Followed for Volume {
         if let Some(change) = change {
             return Shown::percent(format!("{state}, modifying"), change.progress);
         }
-        Shown::text(match self.attachments.first() {
-            Some(attachment) => format!("{state}, {}", attachment_name(attachment.state())),
-            None => state,
-        })
+        let Some(attachment) = self.attachments.first() else { return Shown::text(state) };
+        let state = format!("{state}, {}", attachment_name(attachment.state()));
+        match self.status() {
+            // It waits for the data to come from another host.
+            _ if attachment.detail.is_empty() => Shown::text(state),
+            VolumeStatus::Ok => Shown::percent(state, attachment.progress),
+            _ => Shown::text(format!("{state}: {}", attachment.detail)),
+        }
     }
 
     fn judge(&self, goal: &Goal) -> Verdict {
@@ -198,6 +202,20 @@ mod tests {
         let elsewhere = Goal::Attached { instance_id: "i-2".to_owned() };
         assert_eq!(judge(&volume(VolumeState::InUse, Some(Attached)), &elsewhere), 'm');
         assert_eq!(judge(&volume(VolumeState::Error, Some(Attaching)), &attached), 'm');
+    }
+
+    #[test]
+    fn who_waits_for_data_from_another_host_sees_how_far_it_is() {
+        let mut volume = volume(VolumeState::InUse, Some(AttachmentState::Attaching));
+        volume.set_status(VolumeStatus::Ok);
+        assert_eq!(volume.shown(), Shown::text("in-use, attaching".to_owned()));
+        let attachment = volume.attachments.first_mut().unwrap();
+        (attachment.progress, attachment.detail) = (40, "its data comes from host h-1: 40 %".to_owned());
+        assert_eq!(volume.shown(), Shown::percent("in-use, attaching".to_owned(), 40));
+        volume.attachments.first_mut().unwrap().detail = "its data cannot leave host h-1 yet: no space".to_owned();
+        volume.set_status(VolumeStatus::Impaired);
+        let text = "in-use, attaching: its data cannot leave host h-1 yet: no space";
+        assert_eq!(volume.shown(), Shown::text(text.to_owned()));
     }
 
     #[test]

@@ -145,7 +145,7 @@ impl Api {
             })
             .await?;
         let tables = self.core.tables();
-        let shown = volumes::attachment(&tables, find(&tables, account, &request.volume_id)?);
+        let shown = volumes::attachment(&self.core, &tables, find(&tables, account, &request.volume_id)?);
         shown.ok_or_else(|| ApiError::unavailable("the attachment ended at once"))
     }
 
@@ -227,7 +227,7 @@ impl Api {
             .await?;
         let tables = self.core.tables();
         let volume = find(&tables, account, &request.volume_id)?;
-        Ok(volumes::attachment(&tables, volume).unwrap_or_else(|| v1::VolumeAttachment {
+        Ok(volumes::attachment(&self.core, &tables, volume).unwrap_or_else(|| v1::VolumeAttachment {
             volume_id: request.volume_id,
             instance_id: request.instance_id,
             device: request.device,

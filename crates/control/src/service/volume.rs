@@ -210,7 +210,7 @@ impl Api {
                 let tables = self.core.tables();
                 if let Some(ids) = token.as_ref().map(|token| token.replay(&tables)).transpose()?.flatten() {
                     let id = ids.first().map_or("", String::as_str);
-                    return Ok(volumes::view(&tables, find(&tables, account, id)?));
+                    return Ok(volumes::view(&self.core, &tables, find(&tables, account, id)?));
                 }
                 self.prepare_volume(&tables, account, &request, &token_text, token.as_ref())?
             };
@@ -219,7 +219,7 @@ impl Api {
                 return Err(ApiError::wrong_state("DryRunOperation", message));
             }
             if self.core.commit(txn).await? == Commit::Done {
-                return Ok(volumes::view(&self.core.tables(), &spec));
+                return Ok(volumes::view(&self.core, &self.core.tables(), &spec));
             }
         }
         Err(ApiError::unavailable("too many changes at the same time; try again"))
@@ -294,7 +294,7 @@ impl Api {
             .volumes
             .iter()
             .filter(|(id, spec)| spec.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
-            .map(|(_, spec)| volumes::view(&tables, spec))
+            .map(|(_, spec)| volumes::view(&self.core, &tables, spec))
             .filter(|volume| filters.matches(|name| filter_values(volume, name)))
             .collect();
         let (volumes, page) = pager.collect(found.iter().map(|volume| (volume.volume_id.as_str(), volume.clone())));
@@ -384,7 +384,7 @@ impl Api {
             })
             .await?;
         let tables = self.core.tables();
-        let shown = volumes::view(&tables, find(&tables, account, &request.volume_id)?).modification;
+        let shown = volumes::view(&self.core, &tables, find(&tables, account, &request.volume_id)?).modification;
         shown.ok_or_else(|| ApiError::internal("the modification cannot be shown"))
     }
 
@@ -402,7 +402,7 @@ impl Api {
             .volumes
             .iter()
             .filter(|(id, spec)| spec.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
-            .filter_map(|(_, spec)| volumes::view(&tables, spec).modification)
+            .filter_map(|(_, spec)| volumes::view(&self.core, &tables, spec).modification)
             .collect();
         let (modifications, page) = pager.collect(found.iter().map(|found| (found.volume_id.as_str(), found.clone())));
         Ok(v1::ListVolumeModificationsResponse { modifications, page })
@@ -468,7 +468,7 @@ impl v1::volume_service_server::VolumeService for Api {
     async fn get_volume(&self, request: Request<v1::GetVolumeRequest>) -> Answer<v1::Volume> {
         let account = auth::caller(&request)?.account_id;
         let tables = self.core.tables();
-        Ok(Response::new(volumes::view(&tables, find(&tables, &account, &request.get_ref().volume_id)?)))
+        Ok(Response::new(volumes::view(&self.core, &tables, find(&tables, &account, &request.get_ref().volume_id)?)))
     }
 
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Answer<v1::DeleteVolumeResponse> {

@@ -13,6 +13,7 @@ use crate::api_error::ApiResult;
 use crate::clock;
 use crate::core::{Core, encode};
 use crate::keys;
+use crate::live::Departure;
 use crate::storage;
 use crate::tables::{SCHEMA_VERSION, SnapshotEntry, Tables, Versioned};
 use crate::volumes;
@@ -23,8 +24,34 @@ fn is_root(text: &str) -> bool {
     text.parse::<hearth_snapshot::RootHash>().is_ok()
 }
 
+fn percent(done: u64, total: u64) -> u32 {
+    match total {
+        0 => 0,
+        total => u32::try_from(u128::from(done.min(total)) * 100 / u128::from(total)).unwrap_or(100),
+    }
+}
+
+/// Keeps how far a volume that is to leave the host is, for whoever waits for it.
+fn note_departure(core: &Core, host: &str, report: &v1::VolumeReport) {
+    let is_expected = core.tables().volumes.get(&report.volume_id).is_some_and(|spec| {
+        spec.host_id == host && (spec.releasing || spec.deleting) && report.observed_generation >= spec.generation
+    });
+    let departure = match report.outcome() {
+        _ if !is_expected => return,
+        v1::VolumeOutcome::Working | v1::VolumeOutcome::Failed => Some(Departure {
+            percent: percent(report.done_chunks, report.total_chunks),
+            error: report.error.chars().take(MAX_TEXT_CHARS).collect(),
+        }),
+        _ => None,
+    };
+    if core.live.set_departure(&report.volume_id, departure) {
+        core.announce_volume(&report.volume_id);
+    }
+}
+
 /// Works in what became of a volume that is to leave the host.
 pub(crate) async fn apply_volume(core: &Arc<Core>, host: &str, report: v1::VolumeReport) -> ApiResult<()> {
+    note_departure(core, host, &report);
     let gone = core.tables().volumes.get(&report.volume_id).cloned().filter(|spec| {
         spec.host_id == host && spec.releasing && !spec.deleting && report.outcome() == v1::VolumeOutcome::Gone
     });
@@ -76,8 +103,7 @@ pub(crate) async fn apply_volume(core: &Arc<Core>, host: &str, report: v1::Volum
                 Ok((Some(txn.put(&key, encode(&new))), ()))
             }
             v1::VolumeOutcome::Failed => {
-                let error: String = report.error.chars().take(MAX_TEXT_CHARS).collect();
-                tracing::warn!(volume = spec.volume_id, host, error, "the volume cannot leave its host yet");
+                tracing::warn!(volume = spec.volume_id, host, report.error, "the volume cannot leave its host yet");
                 Ok((None, ()))
             }
             _ => Ok((None, ())),
@@ -130,10 +156,7 @@ fn pending_of_set(tables: &Tables, set_id: &str) -> Vec<(String, String, Revisio
 /// Works in how far a snapshot is.
 pub(crate) async fn apply_snapshot(core: &Arc<Core>, host: &str, report: v1::SnapshotReport) -> ApiResult<()> {
     let id = report.snapshot_id.as_str();
-    let percent = match report.total_chunks {
-        0 => 0,
-        total => u32::try_from(report.done_chunks.min(total) * 100 / total).unwrap_or(100),
-    };
+    let percent = percent(report.done_chunks, report.total_chunks);
     let known = core.tables().snapshot(id).filter(|(spec, _)| spec.host_id == host);
     match known.map(|(_, status)| snapshot::state_of(status.as_deref())) {
         Some(SnapshotState::Pending) => {}

@@ -58,7 +58,7 @@ impl Watched for Volumes {
 
     fn view(core: &Core, account: &str, id: &str) -> ApiResult<v1::Volume> {
         let tables = core.tables();
-        Ok(volumes::view(&tables, volume::find(&tables, account, id)?))
+        Ok(volumes::view(core, &tables, volume::find(&tables, account, id)?))
     }
 
     fn touched(touched: &Touched) -> &BTreeSet<String> {

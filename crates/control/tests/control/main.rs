@@ -21,6 +21,7 @@ mod lease;
 mod life;
 mod lists;
 mod modifications;
+mod moves;
 mod objects;
 mod placement;
 mod replace;
