@@ -31,6 +31,7 @@ pub(crate) mod reports;
 pub(crate) mod run;
 pub(crate) mod session;
 pub(crate) mod snapshot;
+pub(crate) mod snapshot_set;
 pub(crate) mod storage;
 pub(crate) mod store_image;
 pub(crate) mod tag;

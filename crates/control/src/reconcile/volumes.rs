@@ -11,7 +11,7 @@ use crate::backends;
 use crate::core::{Core, encode};
 use crate::keys;
 use crate::life;
-use crate::service::{attach, snapshot, store_image};
+use crate::service::{attach, snapshot, snapshot_set, store_image};
 use crate::storage;
 use crate::tables::{Tables, Versioned};
 use crate::volumes;
@@ -104,7 +104,7 @@ pub(crate) async fn snapshots(core: &Arc<Core>) -> ApiResult<()> {
         (forget, lost)
     };
     for id in lost {
-        snapshot::fail(core, &id, "the host that made it was removed").await?;
+        snapshot_set::fail(core, &id, "the host that made it was removed").await?;
     }
     for txn in forget.into_iter().take(BATCH) {
         core.commit(txn).await?;

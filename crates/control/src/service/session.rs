@@ -9,7 +9,7 @@ use futures::StreamExt;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
-use hearth_types::{HostId, SnapshotState};
+use hearth_types::HostId;
 use ipnet::Ipv4Net;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,7 +18,7 @@ use tonic::{Code, Status, Streaming};
 use v1::agent_message::Message as Up;
 use v1::control_message::Message as Down;
 
-use super::{bundle, fast_restore, reports, snapshot, volume_reports};
+use super::{bundle, fast_restore, reports, snapshot_set, volume_reports};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
 use crate::clock;
@@ -278,9 +278,8 @@ struct Sender {
 /// Volumes that are to leave a host, or to be made at their backend.
 fn leaving<'a>(tables: &'a Tables, host: &str) -> impl Iterator<Item = &'a rec::VolumeSpec> {
     // What is being uploaded of a volume is read from its files.
-    let pending =
-        tables.snapshots.values().filter(|entry| snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending);
-    let needed: HashSet<&str> = pending
+    let being_made = tables.snapshots.values().filter(|entry| snapshot_set::is_being_made(entry.status.as_deref()));
+    let needed: HashSet<&str> = being_made
         .filter_map(|entry| entry.spec.as_ref().filter(|spec| spec.host_id == host))
         .map(|spec| spec.volume_id.as_str())
         .collect();
@@ -295,7 +294,7 @@ fn snapshot_sets<'a>(tables: &'a Tables, host: &str) -> BTreeMap<&'a str, Vec<&'
     let mut sets: BTreeMap<&str, Vec<&rec::SnapshotSpec>> = BTreeMap::new();
     for entry in tables.snapshots.values() {
         let Some(spec) = entry.spec.as_ref().filter(|spec| spec.host_id == host) else { continue };
-        if snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending {
+        if snapshot_set::is_being_made(entry.status.as_deref()) {
             sets.entry(&spec.set_id).or_default().push(spec);
         }
     }

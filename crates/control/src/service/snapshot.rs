@@ -14,7 +14,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use super::idempotency::ClientToken;
-use super::{Api, detached, instance, volume, watch};
+use super::{Api, detached, instance, snapshot_set, volume, watch};
 use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
 use crate::backends;
@@ -73,6 +73,8 @@ pub(crate) fn view(core: &Core, spec: &rec::SnapshotSpec, status: Option<&rec::S
     let progress = match state {
         SnapshotState::Completed => 100,
         SnapshotState::Error => 0,
+        // It waits for the others of its instant.
+        SnapshotState::Pending if status.stored => 100,
         SnapshotState::Pending => core.live.percent(&spec.snapshot_id),
     };
     v1::Snapshot {
@@ -323,7 +325,7 @@ impl Api {
     pub(crate) async fn finish_or_fail(&self, spec: &rec::SnapshotSpec) -> ApiResult<()> {
         let done = self.finish_untouched(spec).await;
         if let Err(error) = &done {
-            fail(&self.core, &spec.snapshot_id, &error.to_string()).await?;
+            snapshot_set::fail(&self.core, &spec.snapshot_id, &error.to_string()).await?;
         }
         done
     }
@@ -374,7 +376,7 @@ impl Api {
                 () = self.core.stop.cancelled() => return Err(ApiError::unavailable("this control plane is ending")),
                 () = tokio::time::sleep_until(deadline) => {
                     for id in ids {
-                        fail(&self.core, id, "the host did not fix the point in time").await?;
+                        snapshot_set::fail(&self.core, id, "the host did not fix the point in time").await?;
                     }
                     return Err(ApiError::unavailable("the host did not fix the snapshot's point in time; try again"));
                 }
@@ -546,26 +548,6 @@ pub(crate) fn order(account: &str, description: String, tags: Vec<v1::Tag>, clie
     let mut set = [0u8; 8];
     getrandom::fill(&mut set)?;
     Ok(Order { account: account.to_owned(), description, tags, client_token, set_id: hex::encode(set) })
-}
-
-/// Ends a snapshot that will never complete, unless it has ended.
-pub(crate) async fn fail(core: &Core, id: &str, why: &str) -> ApiResult<()> {
-    core.update(|tables| {
-        let Some((spec, status)) = tables.snapshot(id) else { return Ok((None, ())) };
-        if state_of(status.as_deref()) != SnapshotState::Pending {
-            return Ok((None, ()));
-        }
-        let key = keys::snapshot_status(&spec.account_id, id);
-        let new = rec::SnapshotStatus {
-            schema_version: SCHEMA_VERSION,
-            state: v1::SnapshotState::Error.into(),
-            reason: Some(v1::StateReason { code: "Server.InternalError".to_owned(), message: why.to_owned() }),
-            ..Default::default()
-        };
-        let revision = status.as_ref().map_or(0, |status| status.revision);
-        Ok((Some(Txn::new().compare_mod_revision(&key, revision).put(&key, encode(&new))), ()))
-    })
-    .await
 }
 
 fn filter_values<'a>(snapshot: &'a v1::Snapshot, name: &str) -> Vec<Cow<'a, str>> {

@@ -5,17 +5,18 @@ use std::sync::Arc;
 
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
-use hearth_store::{Revision, Txn};
+use hearth_store::Txn;
 use hearth_types::SnapshotState;
 
-use super::snapshot;
+use super::snapshot_set::{Stored, is_being_made};
+use super::{snapshot, snapshot_set};
 use crate::api_error::ApiResult;
 use crate::clock;
 use crate::core::{Core, encode};
 use crate::keys;
 use crate::live::Departure;
 use crate::storage;
-use crate::tables::{SCHEMA_VERSION, SnapshotEntry, Tables, Versioned};
+use crate::tables::SCHEMA_VERSION;
 use crate::volumes;
 
 const MAX_TEXT_CHARS: usize = 1000;
@@ -122,37 +123,6 @@ fn release_base(spec: &rec::VolumeSpec, root: &str) -> v1::BaseSnapshot {
     }
 }
 
-/// The manifest of a snapshot, for the volume's next one.
-fn snapshot_base(spec: &rec::SnapshotSpec, root: &str) -> v1::BaseSnapshot {
-    v1::BaseSnapshot {
-        snapshot_id: spec.snapshot_id.clone(),
-        root: root.to_owned(),
-        size_bytes: spec.volume_bytes,
-        key_domain: Some(v1::KeyDomain { name: spec.key_domain.clone(), ..Default::default() }),
-    }
-}
-
-/// The volume whose next snapshot builds on this one, unless it has moved or a newer one was faster.
-fn heir<'a>(tables: &'a Tables, host: &str, spec: &rec::SnapshotSpec) -> Option<&'a Versioned<rec::VolumeSpec>> {
-    tables.volumes.get(&spec.volume_id).filter(|volume| {
-        let newer = volume.last_snapshot.as_ref().and_then(|last| tables.snapshot(&last.snapshot_id));
-        volume.host_id == host && newer.is_none_or(|(other, _)| other.created_ms <= spec.created_ms)
-    })
-}
-
-/// Those of one instant that are still in the making: account, id and revision of the status.
-fn pending_of_set(tables: &Tables, set_id: &str) -> Vec<(String, String, Revision)> {
-    let of_set = tables.snapshots.iter().filter(|(_, entry)| {
-        entry.spec.as_ref().is_some_and(|spec| spec.set_id == set_id)
-            && snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending
-    });
-    let parts = |(id, entry): (&String, &SnapshotEntry)| {
-        let account = entry.spec.as_ref()?.account_id.clone();
-        Some((account, id.clone(), entry.status.as_ref().map_or(0, |status| status.revision)))
-    };
-    of_set.filter_map(parts).collect()
-}
-
 /// Works in how far a snapshot is.
 pub(crate) async fn apply_snapshot(core: &Arc<Core>, host: &str, report: v1::SnapshotReport) -> ApiResult<()> {
     let id = report.snapshot_id.as_str();
@@ -169,62 +139,45 @@ pub(crate) async fn apply_snapshot(core: &Arc<Core>, host: &str, report: v1::Sna
     if core.live.set_percent(id, uploading.then_some(percent)) {
         core.announce_snapshot(id);
     }
+    match report.state() {
+        v1::ObservedSnapshot::Frozen => note_frozen(core, host, id).await,
+        v1::ObservedSnapshot::Completed if is_root(&report.root) => {
+            let stored = Stored {
+                root: report.root.clone(),
+                incremental_bytes: report.incremental_bytes,
+                full_bytes: report.full_bytes,
+                certain: true,
+            };
+            snapshot_set::store(core, host, id, &stored).await
+        }
+        v1::ObservedSnapshot::Failed => {
+            tracing::warn!(snapshot = id, host, report.error, "the snapshot failed");
+            snapshot_set::fail(core, id, &report.error).await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Notes that the host has fixed a snapshot's point in time.
+async fn note_frozen(core: &Arc<Core>, host: &str, id: &str) -> ApiResult<()> {
     core.update(|tables| {
         let Some((spec, status)) = tables.snapshot(id).filter(|(spec, _)| spec.host_id == host) else {
             return Ok((None, ()));
         };
-        if snapshot::state_of(status.as_deref()) != SnapshotState::Pending {
+        if !is_being_made(status.as_deref()) || status.as_ref().is_some_and(|status| status.frozen) {
             return Ok((None, ()));
         }
-        let old = status.as_ref().map(|status| (*status.value).clone()).unwrap_or_default();
-        let mut new = rec::SnapshotStatus { schema_version: SCHEMA_VERSION, ..old.clone() };
-        let mut volume = None;
-        let mut with = Vec::new();
-        match report.state() {
-            v1::ObservedSnapshot::Frozen => {
-                new.set_state(v1::SnapshotState::Pending);
-                new.frozen = true;
-            }
-            v1::ObservedSnapshot::Completed if is_root(&report.root) => {
-                new.set_state(v1::SnapshotState::Completed);
-                new.frozen = true;
-                new.root.clone_from(&report.root);
-                new.incremental_bytes = report.incremental_bytes;
-                new.full_bytes = report.full_bytes;
-                new.completed_ms = clock::now_ms();
-                volume = heir(tables, host, &spec);
-            }
-            v1::ObservedSnapshot::Failed => {
-                new.set_state(v1::SnapshotState::Error);
-                let message: String = report.error.chars().take(MAX_TEXT_CHARS).collect();
-                tracing::warn!(snapshot = id, host, message, "the snapshot failed");
-                new.reason = Some(v1::StateReason { code: "Server.InternalError".to_owned(), message });
-                // All of one instant or none.
-                with = pending_of_set(tables, &spec.set_id);
-            }
-            _ => return Ok((None, ())),
-        }
-        if new == old {
-            return Ok((None, ()));
-        }
+        let new = rec::SnapshotStatus {
+            schema_version: SCHEMA_VERSION,
+            state: v1::SnapshotState::Pending.into(),
+            frozen: true,
+            ..Default::default()
+        };
         let key = keys::snapshot_status(&spec.account_id, id);
-        let mut txn = Txn::new()
+        let txn = Txn::new()
             .compare_exists(keys::snapshot_spec(&spec.account_id, id))
             .compare_mod_revision(&key, status.as_ref().map_or(0, |status| status.revision))
             .put(&key, encode(&new));
-        for (account, other, revision) in with.iter().filter(|(_, other, _)| other != id) {
-            let key = keys::snapshot_status(account, other);
-            let message = format!("snapshot {id} of the same instant failed: {}", report.error);
-            let message: String = message.chars().take(MAX_TEXT_CHARS).collect();
-            let reason = v1::StateReason { code: "Server.InternalError".to_owned(), message };
-            let failed = rec::SnapshotStatus { reason: Some(reason), ..new.clone() };
-            txn = txn.compare_mod_revision(&key, *revision).put(&key, encode(&failed));
-        }
-        if let Some(volume) = volume {
-            let updated = volumes::with_last_snapshot(volume, snapshot_base(&spec, &new.root), true);
-            let key = keys::volume(&volume.account_id, &volume.volume_id);
-            txn = txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&updated));
-        }
         Ok((Some(txn), ()))
     })
     .await
@@ -238,11 +191,11 @@ async fn inherit(core: &Arc<Core>, host: &str, report: &v1::SnapshotReport) -> A
     }
     core.update(|tables| {
         let Some((spec, _)) = tables.snapshot(id) else { return Ok((None, ())) };
-        let Some(volume) = heir(tables, host, &spec) else { return Ok((None, ())) };
+        let Some(volume) = snapshot_set::heir(tables, host, &spec) else { return Ok((None, ())) };
         if volume.last_snapshot.as_ref().is_some_and(|last| last.snapshot_id == id) {
             return Ok((None, ()));
         }
-        let updated = volumes::with_last_snapshot(volume, snapshot_base(&spec, &report.root), true);
+        let updated = volumes::with_last_snapshot(volume, snapshot_set::base_of(&spec, &report.root), true);
         let key = keys::volume(&volume.account_id, &volume.volume_id);
         let txn = Txn::new()
             .compare_exists(keys::snapshot_spec(&spec.account_id, id))
@@ -262,13 +215,12 @@ pub(crate) async fn settle_missing(core: &Arc<Core>, host: &str, reported: &Hash
         for (id, entry) in tables.snapshots.iter().filter(|(id, _)| !reported.contains(*id)) {
             let Some(spec) = entry.spec.as_ref().filter(|spec| spec.host_id == host) else { continue };
             let status = entry.status.as_deref();
-            let frozen = status.is_some_and(|status| status.frozen);
-            if frozen && snapshot::state_of(status) == SnapshotState::Pending {
+            if is_being_made(status) && status.is_some_and(|status| status.frozen) {
                 sets.entry(spec.set_id.clone()).or_default().push(id.clone());
             }
         }
     }
-    for (set_id, ids) in sets {
+    for ids in sets.into_values() {
         let mut found = Vec::new();
         for id in &ids {
             found.extend(storage::published(core, id).await?.map(|published| (id, published)));
@@ -276,47 +228,21 @@ pub(crate) async fn settle_missing(core: &Arc<Core>, host: &str, reported: &Hash
         if found.len() == ids.len() {
             for (id, published) in found {
                 tracing::info!(host, snapshot = id, "a snapshot is complete whose report got lost");
-                complete(core, host, id, &published).await?;
+                let stored = Stored {
+                    root: published.root,
+                    incremental_bytes: 0,
+                    full_bytes: published.full_bytes,
+                    certain: false,
+                };
+                snapshot_set::store(core, host, id, &stored).await?;
             }
             continue;
         }
-        // A point in time that was promised cannot be fixed anew; all of one instant or none.
-        let pending = pending_of_set(&core.tables(), &set_id);
-        for (_, id, _) in pending {
+        // A point in time that was promised cannot be fixed anew.
+        for id in &ids {
             tracing::warn!(host, snapshot = id, "the host has lost a snapshot's point in time");
-            snapshot::fail(core, &id, "the host has lost what it had of it").await?;
+            snapshot_set::fail(core, id, "the host has lost what it had of it").await?;
         }
     }
     Ok(())
-}
-
-/// Notes that a snapshot is complete, found in the object store.
-async fn complete(core: &Arc<Core>, host: &str, id: &str, published: &storage::Published) -> ApiResult<()> {
-    core.update(|tables| {
-        let Some((spec, status)) = tables.snapshot(id) else { return Ok((None, ())) };
-        if snapshot::state_of(status.as_deref()) != SnapshotState::Pending {
-            return Ok((None, ()));
-        }
-        let new = rec::SnapshotStatus {
-            schema_version: SCHEMA_VERSION,
-            state: v1::SnapshotState::Completed.into(),
-            frozen: true,
-            root: published.root.clone(),
-            full_bytes: published.full_bytes,
-            completed_ms: clock::now_ms(),
-            ..Default::default()
-        };
-        let key = keys::snapshot_status(&spec.account_id, id);
-        let mut txn = Txn::new()
-            .compare_exists(keys::snapshot_spec(&spec.account_id, id))
-            .compare_mod_revision(&key, status.as_ref().map_or(0, |status| status.revision))
-            .put(&key, encode(&new));
-        if let Some(volume) = heir(tables, host, &spec) {
-            let updated = volumes::with_last_snapshot(volume, snapshot_base(&spec, &published.root), false);
-            let key = keys::volume(&volume.account_id, &volume.volume_id);
-            txn = txn.compare_mod_revision(&key, volume.revision).put(&key, encode(&updated));
-        }
-        Ok((Some(txn), ()))
-    })
-    .await
 }

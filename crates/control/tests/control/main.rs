@@ -25,6 +25,7 @@ mod moves;
 mod objects;
 mod placement;
 mod replace;
+mod snapshot_sets;
 mod snapshots;
 mod storm;
 mod volumes;
