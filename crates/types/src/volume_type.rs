@@ -115,6 +115,15 @@ impl VolumeType {
         }
     }
 
+    /// Snapshots of one volume that may be in the making at the same time.
+    /// Source: <https://docs.aws.amazon.com/general/latest/gr/ebs-service.html>
+    pub fn max_pending_snapshots(self) -> usize {
+        match self {
+            Self::Gp3 | Self::Gp2 | Self::Io1 | Self::Io2 => 5,
+            Self::St1 | Self::Sc1 | Self::Standard => 1,
+        }
+    }
+
     /// Smallest and largest size in bytes.
     pub fn sizes(self) -> (u64, u64) {
         match self {

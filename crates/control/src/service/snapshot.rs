@@ -9,7 +9,7 @@ use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::{Revision, Txn};
 use hearth_types::volume::GIB;
-use hearth_types::{SnapshotId, SnapshotState, VolumeState};
+use hearth_types::{SnapshotId, SnapshotState, VolumeState, VolumeType};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -42,8 +42,6 @@ const FILTERS: [&str; 10] = [
 const MAX_DESCRIPTION_CHARS: usize = 255;
 /// How long the host has to fix the point in time.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(20);
-/// EC2's limit of snapshots of one volume in the making.
-const MAX_PENDING_PER_VOLUME: usize = 5;
 /// What EC2 shows as the volume of a snapshot that was made of none.
 pub(crate) const NO_VOLUME: &str = "vol-ffffffffffffffff0";
 
@@ -228,9 +226,13 @@ fn check_volume(tables: &Tables, core: &Core, spec: &rec::VolumeSpec) -> ApiResu
         entry.spec.as_ref().is_some_and(|other| other.volume_id == spec.volume_id)
             && state_of(entry.status.as_deref()) == SnapshotState::Pending
     });
-    if pending.count() >= MAX_PENDING_PER_VOLUME {
-        let message = format!("volume {} has {MAX_PENDING_PER_VOLUME} snapshots in the making", spec.volume_id);
-        return Err(ApiError::exhausted("ConcurrentSnapshotLimitExceeded", message));
+    let kind: VolumeType = spec.volume_type.parse().unwrap_or(volume::DEFAULT_TYPE);
+    let (pending, limit) = (pending.count(), kind.max_pending_snapshots());
+    if pending >= limit {
+        let message =
+            format!("{kind} volume {} has {pending} of at most {limit} snapshots in the making", spec.volume_id);
+        let error = ApiError::exhausted("ConcurrentSnapshotLimitExceeded", message);
+        return Err(error.with("volume_id", &spec.volume_id).with("limit", limit));
     }
     if !spec.host_id.is_empty() && !core.live.is_up(&spec.host_id) {
         return Err(ApiError::unavailable(format!(

@@ -320,3 +320,25 @@ async fn a_snapshot_that_its_host_never_fixes_fails_when_the_host_goes() {
     list.snapshots.retain(|snapshot| snapshot.volume_id == root);
     assert_eq!(list.snapshots[0].state(), N::Error);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_volume_has_one_snapshot_in_the_making() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let (agent, session) = FakeAgent::connected(&cloud, "host-a").await;
+    let mut user = cloud.user().await;
+    let image = user.import("debian").await;
+    let (_, root) = user.run_one(request(&image, "t3.nano")).await;
+    let slow =
+        v1::ModifyVolumeRequest { volume_id: root.clone(), volume_type: Some("standard".into()), ..Default::default() };
+    user.volumes.modify_volume(slow).await.unwrap();
+    agent.memory.lock().manners.snapshots = Snapshots::Freeze;
+    let first = user.snapshot(&root).await.unwrap().snapshot_id;
+    let error = user.snapshot(&root).await.unwrap_err();
+    assert_eq!(reason(&error), "ConcurrentSnapshotLimitExceeded");
+    assert!(error.message().contains("1 of at most 1"), "{}", error.message());
+    let set = sets(&agent).remove(0);
+    agent.finish_set(&set, &session.up).await;
+    user.wait_snapshot(&first, N::Completed).await;
+    user.snapshot(&root).await.unwrap();
+}
