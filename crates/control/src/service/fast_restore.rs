@@ -2,7 +2,7 @@
 //! and can be had for single hosts.
 //! Source: <https://docs.aws.amazon.com/ebs/latest/userguide/ebs-fast-snapshot-restore.html>
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::{Api, host, snapshot};
 use crate::api_error::{ApiError, ApiResult};
+use crate::auth::Caller;
 use crate::check;
 use crate::clock;
 use crate::core::encode;
@@ -73,8 +74,48 @@ pub(crate) fn is_wanted(tables: &Tables, host: &str, snapshot: &str) -> bool {
     tables.snapshot(snapshot).is_some_and(|(spec, _)| wish(tables, &spec, host).is_some())
 }
 
+/// Only operators know hosts.
+fn check_may_name_hosts(caller: &Caller, hosts: &[String]) -> ApiResult<()> {
+    match hosts.is_empty() || caller.is_operator {
+        true => Ok(()),
+        false => Err(ApiError::unauthorized("only operator accounts may name hosts; name availability zones")),
+    }
+}
+
+/// What accounts see that may not know hosts: all of a zone together.
+fn by_zone(of_hosts: Vec<v1::FastSnapshotRestore>) -> Vec<v1::FastSnapshotRestore> {
+    use v1::FastSnapshotRestoreState::{Enabled, Enabling, Optimizing};
+    let mut zones: BTreeMap<(String, String), Vec<v1::FastSnapshotRestore>> = BTreeMap::new();
+    for one in of_hosts {
+        zones.entry((one.snapshot_id.clone(), one.availability_zone.clone())).or_default().push(one);
+    }
+    let zone = |((snapshot_id, availability_zone), of_hosts): ((String, String), Vec<v1::FastSnapshotRestore>)| {
+        let hosts = u32::try_from(of_hosts.len()).unwrap_or(u32::MAX);
+        let state = match () {
+            () if of_hosts.iter().all(|one| one.state() == Enabled) => Enabled,
+            () if of_hosts.iter().all(|one| one.state() == Enabling) => Enabling,
+            () => Optimizing,
+        };
+        let waits = of_hosts.iter().any(|one| !one.reason.is_empty());
+        v1::FastSnapshotRestore {
+            snapshot_id,
+            availability_zone,
+            state: state.into(),
+            progress: of_hosts.iter().map(|one| one.progress).sum::<u32>().checked_div(hosts).unwrap_or(0),
+            // The host's own words may name what is its operator's alone.
+            reason: if waits { "a host cannot fetch it now; it is tried again".to_owned() } else { String::new() },
+            enabling_time: of_hosts.iter().map(|one| one.enabling_time.clone()).min().unwrap_or_default(),
+            hosts,
+            enabled_hosts: of_hosts.iter().map(|one| one.enabled_hosts).sum(),
+            ..Default::default()
+        }
+    };
+    zones.into_iter().map(zone).collect()
+}
+
 impl Api {
-    fn fast_restores(&self, tables: &Tables, account: &str, ids: &[String]) -> Vec<v1::FastSnapshotRestore> {
+    fn fast_restores(&self, tables: &Tables, caller: &Caller, ids: &[String]) -> Vec<v1::FastSnapshotRestore> {
+        let account = caller.account_id.as_str();
         let mut found = Vec::new();
         for (id, entry) in &tables.snapshots {
             let Some(spec) = entry.spec.as_ref().filter(|spec| spec.account_id == account && !spec.deleted) else {
@@ -90,7 +131,7 @@ impl Api {
             }
         }
         found.sort_by(|a, b| (&a.snapshot_id, &a.host_id).cmp(&(&b.snapshot_id, &b.host_id)));
-        found
+        if caller.is_operator { found } else { by_zone(found) }
     }
 
     fn fast_restore(&self, tables: &Tables, id: &str, host: &str, wish: &rec::FastRestore) -> v1::FastSnapshotRestore {
@@ -115,6 +156,8 @@ impl Api {
             progress,
             reason: said.map(|said| said.error).unwrap_or_default(),
             enabling_time: clock::rfc3339(wish.enabled_ms),
+            hosts: 1,
+            enabled_hosts: u32::from(state == v1::FastSnapshotRestoreState::Enabled),
         }
     }
 
@@ -161,9 +204,11 @@ impl Api {
 
     pub(crate) async fn do_enable_fast_restores(
         &self,
-        account: &str,
+        caller: &Caller,
         request: v1::EnableFastSnapshotRestoresRequest,
     ) -> ApiResult<v1::EnableFastSnapshotRestoresResponse> {
+        let account = caller.account_id.as_str();
+        check_may_name_hosts(caller, &request.hosts)?;
         let ids = check::ids("snapshot_ids", &request.snapshot_ids)?;
         if request.availability_zones.is_empty() && request.hosts.is_empty() {
             return Err(ApiError::missing("availability_zones or hosts"));
@@ -191,19 +236,18 @@ impl Api {
         })
         .await?;
         let tables = self.core.tables();
-        Ok(v1::EnableFastSnapshotRestoresResponse {
-            fast_snapshot_restores: self.fast_restores(&tables, account, &ids),
-        })
+        Ok(v1::EnableFastSnapshotRestoresResponse { fast_snapshot_restores: self.fast_restores(&tables, caller, &ids) })
     }
 
     pub(crate) async fn do_disable_fast_restores(
         &self,
-        account: &str,
+        caller: &Caller,
         request: v1::DisableFastSnapshotRestoresRequest,
     ) -> ApiResult<()> {
+        check_may_name_hosts(caller, &request.hosts)?;
         let ids = check::ids("snapshot_ids", &request.snapshot_ids)?;
         let everywhere = request.availability_zones.is_empty() && request.hosts.is_empty();
-        self.change_fast_restores(account, &ids, |tables, known| {
+        self.change_fast_restores(&caller.account_id, &ids, |tables, known| {
             let hosts = request.hosts.iter().map(|name| Ok(host::find(tables, name)?.host_id.clone()));
             let hosts = hosts.collect::<ApiResult<Vec<String>>>()?;
             let zones = &request.availability_zones;
@@ -218,14 +262,14 @@ impl Api {
 
     pub(crate) fn do_list_fast_restores(
         &self,
-        account: &str,
+        caller: &Caller,
         request: &v1::ListFastSnapshotRestoresRequest,
     ) -> ApiResult<v1::ListFastSnapshotRestoresResponse> {
         let ids = check::optional_ids("snapshot_ids", &request.snapshot_ids)?;
         let tables = self.core.tables();
         for id in &ids {
-            snapshot::find(&tables, account, id)?;
+            snapshot::find(&tables, &caller.account_id, id)?;
         }
-        Ok(v1::ListFastSnapshotRestoresResponse { fast_snapshot_restores: self.fast_restores(&tables, account, &ids) })
+        Ok(v1::ListFastSnapshotRestoresResponse { fast_snapshot_restores: self.fast_restores(&tables, caller, &ids) })
     }
 }

@@ -617,16 +617,16 @@ impl v1::snapshot_service_server::SnapshotService for Api {
         &self,
         request: Request<v1::EnableFastSnapshotRestoresRequest>,
     ) -> Answer<v1::EnableFastSnapshotRestoresResponse> {
-        let account = auth::caller(&request)?.account_id;
-        Ok(Response::new(self.do_enable_fast_restores(&account, request.into_inner()).await?))
+        let caller = auth::caller(&request)?;
+        Ok(Response::new(self.do_enable_fast_restores(&caller, request.into_inner()).await?))
     }
 
     async fn disable_fast_snapshot_restores(
         &self,
         request: Request<v1::DisableFastSnapshotRestoresRequest>,
     ) -> Answer<v1::DisableFastSnapshotRestoresResponse> {
-        let account = auth::caller(&request)?.account_id;
-        self.do_disable_fast_restores(&account, request.into_inner()).await?;
+        let caller = auth::caller(&request)?;
+        self.do_disable_fast_restores(&caller, request.into_inner()).await?;
         Ok(Response::new(v1::DisableFastSnapshotRestoresResponse {}))
     }
 
@@ -634,8 +634,8 @@ impl v1::snapshot_service_server::SnapshotService for Api {
         &self,
         request: Request<v1::ListFastSnapshotRestoresRequest>,
     ) -> Answer<v1::ListFastSnapshotRestoresResponse> {
-        let account = auth::caller(&request)?.account_id;
-        Ok(Response::new(self.do_list_fast_restores(&account, request.get_ref())?))
+        let caller = auth::caller(&request)?;
+        Ok(Response::new(self.do_list_fast_restores(&caller, request.get_ref())?))
     }
 
     type WatchSnapshotsStream = Pin<Box<dyn Stream<Item = Result<v1::Snapshot, Status>> + Send>>;

@@ -122,3 +122,57 @@ async fn fast_restore_is_for_few_snapshots_of_an_account() {
     user.snapshots.disable_fast_snapshot_restores(first).await.unwrap();
     enable(&mut user, &ids[5], &["host-a"], &[]).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accounts_that_are_no_operators_name_zones_and_see_no_hosts() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let (one, session) = FakeAgent::connected(&cloud, "host-a").await;
+    let (_other, other_session) = FakeAgent::connected(&cloud, "host-b").await;
+    let mut operator = cloud.user().await;
+    let create = v1::CreateAccountRequest { name: "team".into(), is_operator: false };
+    let token = operator.accounts.create_account(create).await.unwrap().into_inner().token;
+    let mut team = cloud.user_with(&token).await;
+    let volume = team.create_volume(blank(1)).await.unwrap().volume_id;
+    let id = team.snapshot(&volume).await.unwrap().snapshot_id;
+
+    // Whether there is such a host or not.
+    for host in ["host-a", &one.host_id, "host-x"] {
+        assert_eq!(reason(&enable(&mut team, &id, &[host], &[]).await.unwrap_err()), "UnauthorizedOperation");
+        let off = v1::DisableFastSnapshotRestoresRequest {
+            snapshot_ids: vec![id.clone()],
+            hosts: vec![host.into()],
+            ..Default::default()
+        };
+        let error = team.snapshots.disable_fast_snapshot_restores(off).await.unwrap_err();
+        assert_eq!(reason(&error), "UnauthorizedOperation");
+    }
+    let request = v1::EnableFastSnapshotRestoresRequest {
+        snapshot_ids: vec![id.clone()],
+        availability_zones: vec!["local-1a".into()],
+        ..Default::default()
+    };
+    let made = team.snapshots.enable_fast_snapshot_restores(request).await.unwrap().into_inner();
+    let zone = async |state: F, progress: u32, enabled: u32| {
+        let team = team.clone();
+        let found = until(state.as_str_name(), || async {
+            let found = list(&team).await;
+            assert_eq!(found.len(), 1, "one zone");
+            let fits = (found[0].state(), found[0].progress, found[0].enabled_hosts) == (state, progress, enabled);
+            fits.then(|| found[0].clone())
+        })
+        .await;
+        assert_eq!((found.availability_zone.as_str(), found.hosts), ("local-1a", 2));
+        assert_eq!((found.host_id.as_str(), found.host_name.as_str()), ("", ""));
+        found
+    };
+    assert_eq!(made.fast_snapshot_restores, [zone(F::Enabling, 0, 0).await]);
+    wait_wanted(&one, &[&id]).await;
+    say(&session, &id, 8, "").await;
+    zone(F::Optimizing, 50, 1).await;
+    say(&other_session, &id, 4, "/var/lib/hearth of host-b is full").await;
+    let waiting = zone(F::Optimizing, 75, 1).await;
+    assert!(!waiting.reason.is_empty() && !waiting.reason.contains("host-b"), "{}", waiting.reason);
+    say(&other_session, &id, 8, "").await;
+    assert_eq!(zone(F::Enabled, 100, 2).await.reason, "");
+}
