@@ -34,8 +34,18 @@ impl ApiError {
         self
     }
 
+    /// The same error under a code that EC2 has for just this.
+    pub fn with_reason(mut self, reason: &'static str) -> Self {
+        self.reason = reason;
+        self
+    }
+
+    /// In words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// EC2's code.
-    #[cfg(test)]
     pub fn reason(&self) -> &'static str {
         self.reason
     }

@@ -31,8 +31,21 @@ pub(crate) struct PlannedDevices {
     pub ephemeral: Vec<(String, usize)>,
 }
 
+/// Mappings that are not possible, in EC2's code for that.
+pub(crate) fn refused(message: impl Into<String>) -> ApiError {
+    ApiError::invalid(FIELD, message).with_reason("InvalidBlockDeviceMapping")
+}
+
 fn invalid(mapping: &v1::BlockDeviceMapping, message: impl std::fmt::Display) -> ApiError {
-    ApiError::invalid(FIELD, format!("{}: {message}", mapping.device_name))
+    refused(format!("{}: {message}", mapping.device_name))
+}
+
+/// Type, size and speed of a mapping that are not possible; errors with a code of their own keep it.
+fn invalid_shape(mapping: &v1::BlockDeviceMapping, error: ApiError) -> ApiError {
+    match error.reason() {
+        "InvalidParameterValue" | "MissingParameter" => invalid(mapping, error.message()),
+        _ => error,
+    }
 }
 
 /// Number of a virtual name: `ephemeral0` and so on.
@@ -44,10 +57,10 @@ fn ephemeral_number(name: &str) -> Option<usize> {
 /// Each mapping is one of the three kinds, each device is named once.
 pub(crate) fn check(mappings: &[v1::BlockDeviceMapping]) -> ApiResult<()> {
     if mappings.len() > MAX_MAPPINGS {
-        return Err(ApiError::invalid(FIELD, format!("has {} entries, at most {MAX_MAPPINGS}", mappings.len())));
+        return Err(refused(format!("has {} entries, at most {MAX_MAPPINGS}", mappings.len())));
     }
     for (index, mapping) in mappings.iter().enumerate() {
-        check_device_name(&mapping.device_name).map_err(|message| ApiError::invalid(FIELD, message))?;
+        check_device_name(&mapping.device_name).map_err(refused)?;
         if mappings.iter().take(index).any(|other| other.device_name == mapping.device_name) {
             return Err(invalid(mapping, "is named twice"));
         }
@@ -171,7 +184,8 @@ pub(crate) fn plan(
         if from_encrypted && ebs.encrypted == Some(false) {
             return Err(invalid(mapping, "a volume made from an encrypted snapshot is encrypted"));
         }
-        let shape = Shape::new(&ebs.volume_type, ebs.volume_size_bytes, least, ebs.iops, ebs.throughput_mibps)?;
+        let shape = Shape::new(&ebs.volume_type, ebs.volume_size_bytes, least, ebs.iops, ebs.throughput_mibps)
+            .map_err(|error| invalid_shape(mapping, error))?;
         let is_root = mapping.device_name == root_device_name;
         planned.volumes.push(PlannedVolume {
             device_name: mapping.device_name.clone(),
@@ -184,11 +198,9 @@ pub(crate) fn plan(
     let has_root = planned.volumes.first().is_some_and(|volume| volume.device_name == root_device_name);
     let at_root = planned.ephemeral.iter().any(|(device, _)| device == root_device_name);
     match root {
-        Root::Ebs(_) if !has_root => {
-            Err(ApiError::invalid(FIELD, format!("the root device {root_device_name} has no volume")))
-        }
+        Root::Ebs(_) if !has_root => Err(refused(format!("the root device {root_device_name} has no volume"))),
         Root::Bundle(_) if has_root || at_root => {
-            Err(ApiError::invalid(FIELD, format!("the root device {root_device_name} is made of the bundle")))
+            Err(refused(format!("the root device {root_device_name} is made of the bundle")))
         }
         _ => Ok(planned),
     }

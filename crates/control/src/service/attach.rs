@@ -5,6 +5,7 @@ use hearth_proto::v1;
 use hearth_store::Txn;
 use hearth_types::volume::recommended_device_names;
 use hearth_types::{AttachmentState, InstanceState, VolumeState, check_device_name};
+use tonic::Code;
 
 use super::Api;
 use super::instance::{self, Found};
@@ -100,7 +101,7 @@ impl Api {
                         "volume {} is in zone {}, instance {} in {zone}",
                         volume.volume_id, volume.availability_zone, spec.instance_id
                     );
-                    return Err(ApiError::new(tonic::Code::InvalidArgument, "InvalidVolume.ZoneMismatch", message));
+                    return Err(ApiError::new(Code::InvalidArgument, "InvalidVolume.ZoneMismatch", message));
                 }
                 let device = choose_device(tables, spec, &request.device)?;
                 let backend = backends::of(volume);
@@ -157,18 +158,20 @@ impl Api {
         self.core
             .update(|tables| {
                 let volume = find(tables, account, &request.volume_id)?;
-                let mismatch = |what: &str, asked: &str, have: &str| {
-                    ApiError::invalid(what, format!("is {asked:.40}, the volume is attached to {have}"))
+                let mismatch = |asked: &str, have: &str| {
+                    let message = format!("volume {} is attached to {have}, not to {asked:.40}", volume.volume_id);
+                    let error = ApiError::new(Code::NotFound, "InvalidAttachment.NotFound", message);
+                    error.with("volume_id", &volume.volume_id)
                 };
                 if volume.instance_id.is_empty() {
                     let message = format!("volume {} is not attached", volume.volume_id);
                     return Err(ApiError::wrong_state("IncorrectState", message).with("volume_id", &volume.volume_id));
                 }
                 if !request.instance_id.is_empty() && request.instance_id != volume.instance_id {
-                    return Err(mismatch("instance_id", &request.instance_id, &volume.instance_id));
+                    return Err(mismatch(&request.instance_id, &volume.instance_id));
                 }
                 if !request.device.is_empty() && request.device != volume.device_name {
-                    return Err(mismatch("device", &request.device, &volume.device_name));
+                    return Err(mismatch(&request.device, &volume.device_name));
                 }
                 if volume.replaced {
                     let message = format!("volume {} is being replaced as root volume", volume.volume_id);

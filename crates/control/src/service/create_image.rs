@@ -339,12 +339,12 @@ fn check_own(
     merged: &[v1::BlockDeviceMapping],
 ) -> ApiResult<Txn> {
     let refuse = |mapping: &v1::BlockDeviceMapping, message: &str| {
-        Err(ApiError::invalid("block_device_mappings", format!("{}: {message}", mapping.device_name)))
+        Err(mappings::refused(format!("{}: {message}", mapping.device_name)))
     };
     let mut txn = Txn::new();
     let root = merged.iter().find(|mapping| mapping.device_name == agent_spec.root_device_name);
     if root.is_none_or(|root| root.ebs.is_none()) {
-        return Err(ApiError::invalid("block_device_mappings", "the root volume cannot be left out"));
+        return Err(mappings::refused("the root volume cannot be left out"));
     }
     for (mapping, ebs) in merged.iter().filter_map(|mapping| Some((mapping, mapping.ebs.as_ref()?))) {
         let slot = agent_spec.volumes.iter().find(|slot| slot.device_name == mapping.device_name);

@@ -183,7 +183,7 @@ impl Api {
             let first = planned.volumes.first();
             let Some(source) = first.and_then(|volume| volume.source.as_ref()) else {
                 let message = format!("the root device {root} needs a snapshot_id");
-                return Err(ApiError::invalid("block_device_mappings", message));
+                return Err(mappings::refused(message));
             };
             let size = source.base().size_bytes;
             let mut txn = Txn::new();

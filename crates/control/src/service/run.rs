@@ -314,7 +314,7 @@ fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
     let disks = devices.volumes.len() + devices.ephemeral.len() + usize::from(bundle.is_some());
     if disks > MAX_VOLUMES_PER_INSTANCE {
         let message = format!("{disks} disks, at most {MAX_VOLUMES_PER_INSTANCE} fit into an instance");
-        return Err(ApiError::invalid("block_device_mappings", message));
+        return Err(mappings::refused(message));
     }
     let used = tables.volumes.values().filter(|spec| spec.account_id == account).count();
     let most = plan.volume_limit;

@@ -413,15 +413,16 @@ impl Api {
         let token = ClientToken::new(&account, "CreateSnapshots", &token_text, &request);
         let order =
             order(&account, std::mem::take(&mut request.description), std::mem::take(&mut request.tags), token_text)?;
+        let excluded = check::optional_ids("exclude_data_volume_ids", &request.exclude_data_volume_ids)?;
         let snapshots = self
             .make_snapshots(order, token, |tables| {
                 let (spec, _) = instance::find(tables, &account, &request.instance_id)?;
                 let agent_spec = spec.spec.clone().unwrap_or_default();
+                check_excluded(tables, &account, &agent_spec, &excluded)?;
                 let wanted = agent_spec.volumes.iter().filter(|attached| {
                     let root = attached.device_name == agent_spec.root_device_name;
                     let id = volumes::id_of(attached);
-                    let is_left_out = (root && request.exclude_boot_volume)
-                        || request.exclude_data_volume_ids.iter().any(|out| out == id);
+                    let is_left_out = (root && request.exclude_boot_volume) || excluded.iter().any(|out| out == id);
                     !is_left_out
                 });
                 let found: ApiResult<Vec<_>> =
@@ -542,6 +543,23 @@ impl Api {
         }
         Err(ApiError::unavailable("too many changes at the same time; try again"))
     }
+}
+
+/// Only data volumes of the instance can be left out by their ids.
+fn check_excluded(tables: &Tables, account: &str, instance: &v1::InstanceSpec, excluded: &[String]) -> ApiResult<()> {
+    let field = "exclude_data_volume_ids";
+    for id in excluded {
+        volume::find(tables, account, id)?;
+        match instance.volumes.iter().find(|slot| volumes::id_of(slot) == id) {
+            None => return Err(ApiError::invalid(field, format!("{id} is not attached to the instance"))),
+            Some(slot) if slot.device_name == instance.root_device_name => {
+                let message = format!("{id} is the root volume, which exclude_boot_volume leaves out");
+                return Err(ApiError::invalid(field, message));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn order(account: &str, description: String, tags: Vec<v1::Tag>, client_token: String) -> ApiResult<Order> {

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
-use hearth_types::{InstanceState, VolumeId, VolumeState, VolumeType, volume::GIB};
+use hearth_types::{InstanceState, VolumeId, VolumeState, VolumeType, VolumeTypeError, volume::GIB};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -98,7 +98,9 @@ impl Shape {
     ) -> ApiResult<Self> {
         let kind = match kind {
             "" => DEFAULT_TYPE,
-            kind => kind.parse().map_err(|error| ApiError::invalid("volume_type", format!("{error}")))?,
+            kind => kind.parse().map_err(|error: VolumeTypeError| {
+                ApiError::invalid("volume_type", error.to_string()).with_reason("UnknownVolumeType")
+            })?,
         };
         if size_bytes == 0 && snapshot_bytes == 0 {
             return Err(ApiError::missing("size_bytes"));

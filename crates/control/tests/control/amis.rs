@@ -54,10 +54,10 @@ async fn an_image_of_a_snapshot_launches_and_keeps_the_snapshot() {
     for (request, expected) in [
         (R { name: "debian".into(), ..good.clone() }, "IdempotentParameterMismatch"),
         (R { name: "debian".into(), client_token: String::new(), ..good.clone() }, "InvalidAMIName.Duplicate"),
-        (R { block_device_mappings: vec![], client_token: String::new(), ..good.clone() }, "InvalidParameterValue"),
+        (R { block_device_mappings: vec![], client_token: String::new(), ..good.clone() }, "InvalidBlockDeviceMapping"),
         (
             R { block_device_mappings: vec![blank_root], client_token: String::new(), ..good.clone() },
-            "InvalidParameterValue",
+            "InvalidBlockDeviceMapping",
         ),
         (R { boot: Some(long), client_token: String::new(), ..good.clone() }, "InvalidParameterValue"),
     ] {

@@ -91,7 +91,7 @@ async fn an_image_is_bundled_and_registered_and_its_instances_live_as_on_ec2() {
         block_device_mappings: vec![root],
         ..Default::default()
     };
-    assert_eq!(reason(&user.images.register_image(wrong).await.unwrap_err()), "InvalidParameterValue");
+    assert_eq!(reason(&user.images.register_image(wrong).await.unwrap_err()), "InvalidBlockDeviceMapping");
     let store = user.register("nightly/debian.manifest.json", "store").await.unwrap();
     assert_eq!((store.root_device_type.as_str(), store.size_bytes), ("instance-store", 1 << 20));
     assert_eq!(

@@ -150,7 +150,7 @@ async fn what_comes_of_something_encrypted_is_encrypted() {
     let mut mapping = sealed.block_device_mappings[0].clone();
     mapping.ebs.as_mut().unwrap().encrypted = Some(false);
     refused.block_device_mappings = vec![mapping];
-    assert_eq!(reason(&user.run(refused).await.unwrap_err()), "InvalidParameterValue");
+    assert_eq!(reason(&user.run(refused).await.unwrap_err()), "InvalidBlockDeviceMapping");
     let wish = v1::CreateImageRequest {
         instance_id: launched.clone(),
         name: "of it".into(),

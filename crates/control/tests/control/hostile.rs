@@ -40,8 +40,8 @@ async fn oversized_and_senseless_launches_are_refused_by_name() {
         (R { tags: tags(51, 1), ..good.clone() }, "InvalidParameterValue"),
         (R { tags: tags(1, 257), ..good.clone() }, "InvalidParameterValue"),
         (R { network_interface_count: 99, ..good.clone() }, "InvalidParameterValue"),
-        (R { block_device_mappings: vec![root(512)], ..good.clone() }, "InvalidParameterValue"),
-        (R { block_device_mappings: vec![root(u64::MAX)], ..good.clone() }, "InvalidParameterValue"),
+        (R { block_device_mappings: vec![root(512)], ..good.clone() }, "InvalidBlockDeviceMapping"),
+        (R { block_device_mappings: vec![root(u64::MAX)], ..good.clone() }, "InvalidBlockDeviceMapping"),
         (R { instance_initiated_shutdown_behavior: "explode".into(), ..good.clone() }, "InvalidParameterValue"),
         (R { key_name: "nobody".into(), ..good.clone() }, "InvalidKeyPair.NotFound"),
     ];

@@ -120,6 +120,18 @@ async fn snapshots_of_one_instant_complete_or_fail_together() {
     let one = v1::CreateSnapshotsRequest { exclude_boot_volume: true, ..both.clone() };
     let made = user.snapshots.create_snapshots(one.clone()).await.unwrap().into_inner().snapshots;
     assert_eq!(made.iter().map(|snapshot| &snapshot.volume_id).collect::<Vec<_>>(), [&data]);
+    let elsewhere = user.create_volume(blank(1)).await.unwrap().volume_id;
+    let many = (0..101).map(|n| format!("vol-{n:017x}")).collect();
+    for (exclude_data_volume_ids, expected) in [
+        (vec!["vol-1".to_owned()], "InvalidVolumeID.Malformed"),
+        (vec![data.clone(), "vol-0123456789abcdef0".into()], "InvalidVolume.NotFound"),
+        (vec![elsewhere], "InvalidParameterValue"),
+        (vec![root.clone()], "InvalidParameterValue"),
+        (many, "InvalidParameterValue"),
+    ] {
+        let wrong = v1::CreateSnapshotsRequest { exclude_data_volume_ids, ..both.clone() };
+        assert_eq!(reason(&user.snapshots.create_snapshots(wrong).await.unwrap_err()), expected);
+    }
     let none = v1::CreateSnapshotsRequest { exclude_data_volume_ids: vec![data.clone()], ..one };
     assert_eq!(reason(&user.snapshots.create_snapshots(none).await.unwrap_err()), "InvalidParameterValue");
 

@@ -28,7 +28,7 @@ async fn volumes_are_made_found_and_deleted() {
     let bad = [
         (R::default(), "MissingParameter"),
         (R { size_bytes: 512, ..blank(1) }, "InvalidParameterValue"),
-        (R { volume_type: "gp9".into(), ..blank(1) }, "InvalidParameterValue"),
+        (R { volume_type: "gp9".into(), ..blank(1) }, "UnknownVolumeType"),
         (R { iops: Some(100), ..blank(1) }, "InvalidParameterValue"),
         (R { volume_type: "io2".into(), ..blank(8) }, "InvalidParameterValue"),
         (R { availability_zone: "moon-1a".into(), ..blank(1) }, "InvalidZone.NotFound"),
@@ -139,6 +139,13 @@ async fn a_volume_comes_to_a_running_guest_and_leaves_it() {
     let names: Vec<_> =
         devices.iter().map(|device| (device.device_name.as_str(), device.delete_on_termination)).collect();
     assert_eq!(names, [("/dev/sda1", true), ("/dev/sdf", false)]);
+
+    for (instance_id, device) in [("i-0123456789abcdef0", ""), (id.as_str(), "/dev/sdg"), ("", "/dev/sda1")] {
+        let (volume_id, instance_id, device) = (volume.clone(), instance_id.into(), device.into());
+        let wrong = v1::DetachVolumeRequest { volume_id, instance_id, device, force: false };
+        let error = user.volumes.detach_volume(wrong).await.unwrap_err();
+        assert_eq!((error.code(), reason(&error).as_str()), (Code::NotFound, "InvalidAttachment.NotFound"));
+    }
 
     // A guest that waits for the store makes it impaired.
     agent.observe(&session, &id, |report| report.volumes[1].impaired = "the store is away".into()).await;
