@@ -316,7 +316,9 @@ async fn images_are_stored_and_restored_and_root_volumes_replaced() {
     let made: serde_json::Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!((said.code, &made[0]["state"]), (0, &"available".into()), "{}", said.err);
     let asked = bed.state().restored[0].clone();
-    assert_eq!((asked.object_key, asked.name.as_str(), asked.tags.len()), (key, "again", 1));
+    assert_eq!((asked.object_key, asked.name.as_str(), asked.tags.len()), (key.clone(), "again", 1));
+    let said = bed.run(&["image", "restore-tasks"]).await;
+    assert!(said.out.contains(&key) && said.out.contains("in-progress (40 %)"), "{said:?}");
 
     bed.state().instances = vec![instance(1, "web", InstanceState::Running)];
     bed.state().storage.snapshots = vec![snapshot(5, "nightly", SnapshotState::Completed)];

@@ -110,6 +110,13 @@ Example:
         #[arg(value_name = "IMAGE")]
         images: Vec<String>,
     },
+    /// Show tasks that make images of stored ones
+    #[command(after_help = "Example:\n  hearth image restore-tasks")]
+    RestoreTasks {
+        /// Only those that make these: ids, unambiguous beginnings of ids, or names
+        #[arg(value_name = "IMAGE")]
+        images: Vec<String>,
+    },
     /// Delete stored images
     #[command(after_help = "Example:\n  hearth image delete-stored backup/ami-0123456789abcdef0.bin --yes")]
     DeleteStored {

@@ -118,6 +118,15 @@ pub async fn run(context: &Context, command: ImageCommand) -> Result<(), CliErro
             found.sort_by(|a, b| (&a.start_time, &a.task_id).cmp(&(&b.start_time, &b.task_id)));
             output::print_list(&found, context.output)
         }
+        ImageCommand::RestoreTasks { images } => {
+            let mut ids = Vec::new();
+            for image in &images {
+                ids.push(lookup::image(client, image).await?);
+            }
+            let mut found = lookup::list_restore_tasks(client, &ids).await?;
+            found.sort_by(|a, b| (&a.start_time, &a.task_id).cmp(&(&b.start_time, &b.task_id)));
+            output::print_list(&found, context.output)
+        }
         ImageCommand::DeleteStored { objects, yes } => {
             confirm(&format!("Delete {}?", objects.join(", ")), yes)?;
             for object in &objects {

@@ -3,8 +3,8 @@
 use hearth_proto::v1::{
     BundleTask, FastSnapshotRestore, Filter, Image, ImageState, Instance, InstanceState, ListBundleTasksRequest,
     ListFastSnapshotRestoresRequest, ListImagesRequest, ListInstancesRequest, ListReplaceRootVolumeTasksRequest,
-    ListSnapshotsRequest, ListStoreImageTasksRequest, ListVolumesRequest, PageRequest, ReplaceRootVolumeTask, Snapshot,
-    StoreImageTask, Volume, VolumeState,
+    ListRestoreImageTasksRequest, ListSnapshotsRequest, ListStoreImageTasksRequest, ListVolumesRequest, PageRequest,
+    ReplaceRootVolumeTask, RestoreImageTask, Snapshot, StoreImageTask, Volume, VolumeState,
 };
 use hearth_types::{ImageId, InstanceId, SnapshotId, VolumeId};
 
@@ -47,6 +47,16 @@ pub async fn list_store_tasks(client: &Client, images: &[String]) -> Result<Vec<
     let one_page = async |page: PageRequest| {
         let request = ListStoreImageTasksRequest { image_ids: images.to_vec(), page: Some(page) };
         let answer = client.unwrap(client.images().list_store_image_tasks(request).await)?;
+        Ok((answer.tasks, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Tasks that make these images of objects, or all; all pages.
+pub async fn list_restore_tasks(client: &Client, images: &[String]) -> Result<Vec<RestoreImageTask>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let request = ListRestoreImageTasksRequest { image_ids: images.to_vec(), page: Some(page) };
+        let answer = client.unwrap(client.images().list_restore_image_tasks(request).await)?;
         Ok((answer.tasks, answer.page))
     };
     all_pages(one_page).await

@@ -1,6 +1,8 @@
 //! Tasks: images that are stored, root volumes that are replaced.
 
-use hearth_proto::v1::{ReplaceRootVolumeTask, ReplaceRootVolumeTaskState, StoreImageTask, StoreImageTaskState};
+use hearth_proto::v1::{
+    ReplaceRootVolumeTask, ReplaceRootVolumeTaskState, RestoreImageTask, StoreImageTask, StoreImageTaskState,
+};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -8,7 +10,7 @@ use super::{enum_name, reason};
 use crate::human;
 use crate::output::View;
 
-/// State of a task that stores an image.
+/// State of a task that stores an image or makes one of a stored one.
 pub fn store_state(state: StoreImageTaskState) -> String {
     enum_name(state.as_str_name(), "STORE_IMAGE_TASK_STATE_")
 }
@@ -18,18 +20,22 @@ pub fn replacement_state(state: ReplaceRootVolumeTaskState) -> String {
     enum_name(state.as_str_name(), "REPLACE_ROOT_VOLUME_TASK_STATE_")
 }
 
+fn state_cell(state: StoreImageTaskState, progress: u32) -> String {
+    let words = store_state(state);
+    match state {
+        StoreImageTaskState::InProgress => format!("{words} ({} %)", progress.min(100)),
+        _ => words,
+    }
+}
+
 impl View for StoreImageTask {
     const COLUMNS: &'static [&'static str] = &["IMAGE", "STATE", "AGE", "OBJECT", "TASK"];
     const NARROW: usize = 4;
 
     fn cells(&self) -> Vec<String> {
-        let state = store_state(self.state());
         vec![
             self.image_id.clone(),
-            match self.state() {
-                StoreImageTaskState::InProgress => format!("{state} ({} %)", self.progress.min(100)),
-                _ => state,
-            },
+            state_cell(self.state(), self.progress),
             human::age(&self.start_time, OffsetDateTime::now_utc()),
             self.object_key.clone(),
             self.task_id.clone(),
@@ -41,6 +47,39 @@ impl View for StoreImageTask {
             "task_id": self.task_id,
             "image_id": self.image_id,
             "object_key": self.object_key,
+            "state": store_state(self.state()),
+            "state_reason": reason(self.state_reason.as_ref()),
+            "progress": self.progress,
+            "start_time": self.start_time,
+        })
+    }
+
+    fn id(&self) -> String {
+        self.task_id.clone()
+    }
+}
+
+impl View for RestoreImageTask {
+    const COLUMNS: &'static [&'static str] = &["IMAGE", "STATE", "AGE", "OBJECT", "TASK", "SNAPSHOTS"];
+    const NARROW: usize = 4;
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.image_id.clone(),
+            state_cell(self.state(), self.progress),
+            human::age(&self.start_time, OffsetDateTime::now_utc()),
+            self.object_key.clone(),
+            self.task_id.clone(),
+            self.snapshot_ids.join(","),
+        ]
+    }
+
+    fn value(&self) -> Value {
+        json!({
+            "task_id": self.task_id,
+            "image_id": self.image_id,
+            "object_key": self.object_key,
+            "snapshot_ids": self.snapshot_ids,
             "state": store_state(self.state()),
             "state_reason": reason(self.state_reason.as_ref()),
             "progress": self.progress,
@@ -102,6 +141,10 @@ mod tests {
         store.set_state(StoreImageTaskState::InProgress);
         assert_eq!(store.cells()[1], "in-progress (3 %)");
         assert_eq!(store.cells().len(), StoreImageTask::COLUMNS.len());
+        let mut restore = RestoreImageTask { progress: 40, ..Default::default() };
+        restore.set_state(StoreImageTaskState::InProgress);
+        assert_eq!(restore.cells()[1], "in-progress (40 %)");
+        assert_eq!(restore.cells().len(), RestoreImageTask::COLUMNS.len());
         let mut replace = ReplaceRootVolumeTask { snapshot_id: "snap-1".into(), ..Default::default() };
         replace.set_state(ReplaceRootVolumeTaskState::FailedDetached);
         assert_eq!((replace.cells()[1].as_str(), replace.cells()[6].as_str()), ("failed-detached", "snap-1"));

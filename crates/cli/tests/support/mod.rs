@@ -374,6 +374,20 @@ impl ImageService for Fake {
         Ok(Response::new(ListStoreImageTasksResponse { tasks, page: None }))
     }
 
+    async fn list_restore_image_tasks(
+        &self,
+        request: Request<ListRestoreImageTasksRequest>,
+    ) -> Answer<ListRestoreImageTasksResponse> {
+        let one = |restored: &CreateRestoreImageTaskRequest| RestoreImageTask {
+            object_key: restored.object_key.clone(),
+            state: StoreImageTaskState::InProgress.into(),
+            progress: 40,
+            ..RestoreImageTask::default()
+        };
+        let tasks = self.begin(&request)?.restored.iter().map(one).collect();
+        Ok(Response::new(ListRestoreImageTasksResponse { tasks, page: None }))
+    }
+
     async fn create_restore_image_task(&self, request: Request<CreateRestoreImageTaskRequest>) -> Answer<Image> {
         let mut state = self.begin(&request)?;
         let request = request.into_inner();

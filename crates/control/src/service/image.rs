@@ -274,6 +274,14 @@ impl v1::image_service_server::ImageService for Api {
         Ok(Response::new(self.do_list_store_tasks(&account, request.into_inner())?))
     }
 
+    async fn list_restore_image_tasks(
+        &self,
+        request: Request<v1::ListRestoreImageTasksRequest>,
+    ) -> Result<Response<v1::ListRestoreImageTasksResponse>, Status> {
+        let account = auth::caller(&request)?.account_id;
+        Ok(Response::new(self.do_list_restore_tasks(&account, request.into_inner())?))
+    }
+
     async fn create_restore_image_task(
         &self,
         request: Request<v1::CreateRestoreImageTaskRequest>,

@@ -132,20 +132,39 @@ pub(crate) fn is_being_restored(tables: &Tables, id: &str) -> bool {
     jobs.any(|job| job.image_id == id || job.snapshot_ids.iter().any(|snapshot| snapshot == id))
 }
 
+fn state_of(task: &rec::Task) -> v1::StoreImageTaskState {
+    match task.state() {
+        TaskState::Complete => v1::StoreImageTaskState::Completed,
+        TaskState::Failed => v1::StoreImageTaskState::Failed,
+        TaskState::Pending | TaskState::Running | TaskState::Unspecified => v1::StoreImageTaskState::InProgress,
+    }
+}
+
+fn progress_of(core: &Core, task: &rec::Task) -> u32 {
+    if task.state() == TaskState::Complete { 100 } else { core.live.percent(&task.task_id) }
+}
+
+fn restore_view(core: &Core, task: &rec::Task, job: &rec::RestoreImageJob) -> v1::RestoreImageTask {
+    v1::RestoreImageTask {
+        task_id: task.task_id.clone(),
+        image_id: job.image_id.clone(),
+        object_key: job.object_key.clone(),
+        snapshot_ids: job.snapshot_ids.clone(),
+        state: state_of(task).into(),
+        state_reason: task.reason.clone(),
+        progress: progress_of(core, task),
+        start_time: clock::rfc3339(task.created_ms),
+    }
+}
+
 fn view(core: &Core, task: &rec::Task, job: &rec::StoreImageJob) -> v1::StoreImageTask {
-    use v1::StoreImageTaskState as S;
     v1::StoreImageTask {
         task_id: task.task_id.clone(),
         image_id: job.image_id.clone(),
         object_key: job.object_key.clone(),
-        state: match task.state() {
-            TaskState::Complete => S::Completed,
-            TaskState::Failed => S::Failed,
-            _ => S::InProgress,
-        }
-        .into(),
+        state: state_of(task).into(),
         state_reason: task.reason.clone(),
-        progress: if task.state() == TaskState::Complete { 100 } else { core.live.percent(&task.task_id) },
+        progress: progress_of(core, task),
         start_time: clock::rfc3339(task.created_ms),
     }
 }
@@ -220,6 +239,27 @@ impl Api {
             .collect();
         let (tasks, page) = pager.collect(found.iter().map(|found| (found.task_id.as_str(), found.clone())));
         Ok(v1::ListStoreImageTasksResponse { tasks, page })
+    }
+
+    pub(crate) fn do_list_restore_tasks(
+        &self,
+        account: &str,
+        mut request: v1::ListRestoreImageTasksRequest,
+    ) -> ApiResult<v1::ListRestoreImageTasksResponse> {
+        let page = request.page.take();
+        let pager = Pager::new(&self.core, "ListRestoreImageTasks", account, &request, page.as_ref())?;
+        let images = check::optional_ids("image_ids", &request.image_ids)?;
+        images.iter().try_for_each(|id| image::check_id(id))?;
+        let tables = self.core.tables();
+        let found: Vec<v1::RestoreImageTask> = tables
+            .tasks
+            .iter()
+            .filter(|(id, task)| task.account_id == account && pager.wants(id))
+            .filter_map(|(_, task)| Some(restore_view(&self.core, task, restore_job(task)?)))
+            .filter(|task| images.is_empty() || images.contains(&task.image_id))
+            .collect();
+        let (tasks, page) = pager.collect(found.iter().map(|found| (found.task_id.as_str(), found.clone())));
+        Ok(v1::ListRestoreImageTasksResponse { tasks, page })
     }
 
     pub(crate) async fn do_delete_stored(&self, account: &str, asked: &str) -> ApiResult<()> {
@@ -416,15 +456,22 @@ async fn write(core: &Arc<Core>, id: &str, job: &rec::StoreImageJob) -> ApiResul
     }
     let attributes = serde_json::from_str(&job.attributes_json).unwrap_or_default();
     let objects = &*core.storage.objects;
-    let written = write_archive(objects, &job.object_key, attributes, &disks, progress(core, id)).await;
+    let written = write_archive(objects, &job.object_key, attributes, &disks, progress(core, id, &[])).await;
     written.map(|_| ()).map_err(|error| ApiError::internal(error.to_string()))
 }
 
-fn progress(core: &Arc<Core>, id: &str) -> hearth_snapshot::OnArchiveProgress {
-    let (core, id) = (core.clone(), id.to_owned());
+/// Keeps how far a task is, for whoever looks at it or at the snapshots that it makes.
+fn progress(core: &Arc<Core>, id: &str, snapshots: &[String]) -> hearth_snapshot::OnArchiveProgress {
+    let (core, id, snapshots) = (core.clone(), id.to_owned(), snapshots.to_vec());
     Arc::new(move |done, total| {
         let percent = done.min(total).saturating_mul(100).checked_div(total).unwrap_or(0);
-        core.live.set_percent(&id, u32::try_from(percent).ok());
+        let percent = u32::try_from(percent).ok();
+        core.live.set_percent(&id, percent);
+        for snapshot in &snapshots {
+            if core.live.set_percent(snapshot, percent) {
+                core.announce_snapshot(snapshot);
+            }
+        }
     })
 }
 
@@ -436,7 +483,9 @@ pub(crate) async fn restore(core: &Arc<Core>, task: &rec::Task, job: &rec::Resto
         () = core.stop.cancelled() => return,
     };
     let noted = finish(core, task, job, &restored).await;
-    core.live.set_percent(id, None);
+    for id in std::iter::once(&task.task_id).chain(&job.snapshot_ids) {
+        core.live.set_percent(id, None);
+    }
     match (noted, restored) {
         (Err(error), _) => tracing::warn!(task = id, %error, "the end of a task could not be noted; it is done again"),
         (Ok(()), Ok(_)) => tracing::info!(image = job.image_id, key = job.object_key, "image restored"),
@@ -461,7 +510,7 @@ async fn read(core: &Arc<Core>, id: &str, job: &rec::RestoreImageJob) -> ApiResu
             },
         });
     }
-    archive.restore(&targets, progress(core, id)).await.map_err(failed)
+    archive.restore(&targets, progress(core, id, &job.snapshot_ids)).await.map_err(failed)
 }
 
 /// Writes how it ended: task, image and snapshots in one transaction.

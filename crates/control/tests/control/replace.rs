@@ -176,3 +176,44 @@ async fn an_image_is_stored_as_one_object_and_restored_from_it() {
     let outside = v1::DeleteStoredImageRequest { object_key: "../chunk.bin".into() };
     assert_eq!(user.images.delete_stored_image(outside).await.unwrap_err().code(), Code::InvalidArgument);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_tells_how_far_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(dir.path()).await;
+    let mut user = cloud.user().await;
+    // Each chunk is another one.
+    let chunks: Vec<Vec<u8>> = (0..64u8).map(|n| vec![n + 1; 512 << 10]).collect();
+    let image = user.import_bytes(crate::cloud::header("large", 32 << 20), chunks).await.unwrap();
+    let store = v1::CreateStoreImageTaskRequest { image_id: image.image_id, ..Default::default() };
+    let key = user.images.create_store_image_task(store).await.unwrap().into_inner().object_key;
+    until("stored", || {
+        let mut user = user.clone();
+        async move {
+            let tasks = user.images.list_store_image_tasks(Default::default()).await.unwrap().into_inner().tasks;
+            tasks.into_iter().find(|task| task.state() == T::Completed)
+        }
+    })
+    .await;
+    let restore =
+        v1::CreateRestoreImageTaskRequest { object_key: key.clone(), name: "again".into(), ..Default::default() };
+    let made = user.images.create_restore_image_task(restore).await.unwrap().into_inner();
+    let snapshot = made.block_device_mappings[0].ebs.clone().unwrap().snapshot_id;
+    let watch = v1::WatchSnapshotsRequest { snapshot_ids: vec![snapshot.clone()] };
+    let mut watched = user.snapshots.watch_snapshots(watch).await.unwrap().into_inner();
+    let mut seen = Vec::new();
+    while let Some(shown) = watched.message().await.unwrap() {
+        seen.push(shown.progress);
+        if shown.state() == v1::SnapshotState::Completed {
+            break;
+        }
+    }
+    assert!(seen.iter().any(|progress| (1..100).contains(progress)) && seen.is_sorted(), "{seen:?}");
+    let list = |image: &str| v1::ListRestoreImageTasksRequest { image_ids: vec![image.into()], page: None };
+    let tasks = user.images.list_restore_image_tasks(list(&made.image_id)).await.unwrap().into_inner().tasks;
+    let [task] = &tasks[..] else { panic!("{tasks:?}") };
+    assert_eq!((task.state(), task.progress, task.object_key.as_str()), (T::Completed, 100, key.as_str()));
+    assert_eq!((&task.image_id, &task.snapshot_ids), (&made.image_id, &vec![snapshot]));
+    let none = user.images.list_restore_image_tasks(list("ami-0123456789abcdef0")).await.unwrap().into_inner().tasks;
+    assert_eq!(none, []);
+}
