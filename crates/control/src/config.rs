@@ -59,8 +59,16 @@ pub struct ControlConfig {
     pub max_volumes_per_account: u32,
     /// Most instances that an account may have.
     pub max_instances_per_account: u32,
-    /// Uploads going on at the same time.
+    /// Imports and exports going on at the same time.
     pub max_concurrent_imports: usize,
+    /// Exports of one account among them.
+    pub max_transfers_per_account: usize,
+    /// An export whose caller takes nothing for this long is given up.
+    pub transfer_timeout: Duration,
+    /// Tasks that the control plane works on at the same time: bundles of images, images that are stored or restored.
+    pub max_concurrent_tasks: usize,
+    /// Those of one account among them.
+    pub max_tasks_per_account: usize,
 }
 
 impl ControlConfig {
@@ -89,7 +97,11 @@ impl ControlConfig {
             object_store_options: hearth_snapshot::StoreOptions::default(),
             max_volumes_per_account: 5000,
             max_instances_per_account: 1000,
-            max_concurrent_imports: 4,
+            max_concurrent_imports: 8,
+            max_transfers_per_account: 4,
+            transfer_timeout: Duration::from_secs(60),
+            max_concurrent_tasks: 4,
+            max_tasks_per_account: 3,
         }
     }
 

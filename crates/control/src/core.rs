@@ -25,6 +25,7 @@ use crate::service::idempotency::TokenLocks;
 use crate::service::task::Jobs;
 use crate::storage::Storage;
 use crate::tables::{Tables, Touched};
+use crate::transfers::Transfers;
 
 /// Longest wait for the tables to show a write that the store has answered.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -53,7 +54,9 @@ pub(crate) struct Core {
     pub consoles: Consoles,
     pub token_locks: TokenLocks,
     pub storage: Storage,
+    /// One permit for each transfer that may go on.
     pub imports: Arc<Semaphore>,
+    pub transfers: Transfers,
     pub jobs: Jobs,
     /// Work that goes on by itself; the end waits for it.
     pub tasks: TaskTracker,
@@ -102,8 +105,11 @@ impl Core {
         for instance in tables.instances.keys() {
             placement.sync_instance(&tables, instance);
         }
+        let imports = Arc::new(Semaphore::new(config.max_concurrent_imports));
+        let (most, most_of_account) = (config.max_concurrent_imports, config.max_transfers_per_account);
         Self {
-            imports: Arc::new(Semaphore::new(config.max_concurrent_imports)),
+            transfers: Transfers::new(imports.clone(), most, most_of_account),
+            imports,
             consoles: Consoles::default(),
             token_locks: TokenLocks::default(),
             jobs: Jobs::default(),

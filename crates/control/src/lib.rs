@@ -33,6 +33,7 @@ mod server;
 mod service;
 mod storage;
 mod tables;
+mod transfers;
 mod volumes;
 
 pub use config::ControlConfig;

@@ -289,8 +289,15 @@ async fn claim_store(url: &str, objects: &Arc<dyn ObjectStore>, cluster_id: &str
 
 fn check(config: &ControlConfig) -> Result<(), ControlError> {
     let refuse = |name, reason: &str| Err(ControlError::Setting { name, reason: reason.to_owned() });
-    if config.max_concurrent_imports == 0 {
-        return refuse("max_concurrent_imports", "must be at least 1");
+    for (name, most) in [
+        ("max_concurrent_imports", config.max_concurrent_imports),
+        ("max_transfers_per_account", config.max_transfers_per_account),
+        ("max_concurrent_tasks", config.max_concurrent_tasks),
+        ("max_tasks_per_account", config.max_tasks_per_account),
+    ] {
+        if most == 0 {
+            return refuse(name, "must be at least 1");
+        }
     }
     if config.region.is_empty() || config.region.len() > 64 {
         return refuse("region", "must have 1..=64 characters");

@@ -2,13 +2,17 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::StreamExt;
 use hearth_proto::v1;
 use hearth_snapshot::{ExportFormat, next_data};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{Api, image, snapshot};
 use crate::api_error::{ApiError, ApiResult};
@@ -38,19 +42,42 @@ impl Drop for Spooled {
     }
 }
 
+/// The way to the caller.
+struct Outlet {
+    sender: Sender,
+    /// How long it may take nothing.
+    patience: Duration,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Outlet {
+    /// From a thread that may wait. `false` when nobody listens any more.
+    fn send(&self, sent: Message) -> ApiResult<bool> {
+        match self.runtime.block_on(self.sender.send_timeout(message(sent), self.patience)) {
+            Ok(()) => Ok(true),
+            Err(SendTimeoutError::Closed(_)) => Ok(false),
+            Err(SendTimeoutError::Timeout(_)) => {
+                let seconds = self.patience.as_secs();
+                let message = format!("the caller has taken nothing for {seconds} s; begin the export anew");
+                Err(ApiError::new(Code::DeadlineExceeded, "RequestExpired", message))
+            }
+        }
+    }
+}
+
 /// Sends a file; holes as such. Ends early when nobody listens.
-fn send(path: &std::path::Path, sender: &Sender) -> ApiResult<()> {
+fn send(path: &std::path::Path, outlet: &Outlet) -> ApiResult<()> {
     use std::os::unix::fs::FileExt;
     let failed = |error: std::io::Error| ApiError::internal(format!("read {}: {error}", path.display()));
     let file = std::fs::File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
-    if sender.blocking_send(message(Message::FileBytes(size))).is_err() {
+    if !outlet.send(Message::FileBytes(size))? {
         return Ok(());
     }
     let mut at = 0;
     while at < size {
         let (start, end) = next_data(&file, at, size).map_err(failed)?.unwrap_or((size, size));
-        if start > at && sender.blocking_send(message(Message::Zeros(start - at))).is_err() {
+        if start > at && !outlet.send(Message::Zeros(start - at))? {
             return Ok(());
         }
         at = start;
@@ -58,7 +85,7 @@ fn send(path: &std::path::Path, sender: &Sender) -> ApiResult<()> {
             let length = (end - at).min(PIECE_BYTES);
             let mut piece = vec![0; usize::try_from(length).unwrap_or(0)];
             file.read_exact_at(&mut piece, at).map_err(failed)?;
-            if sender.blocking_send(message(Message::Data(piece.into()))).is_err() {
+            if !outlet.send(Message::Data(piece.into()))? {
                 return Ok(());
             }
             at += length;
@@ -84,11 +111,7 @@ impl Api {
             let root = root.ok_or_else(|| ApiError::invalid("image_id", "has no EBS root volume to export"))?;
             snapshot::find_completed(&tables, account, root)?.base()
         };
-        let Ok(permit) = self.core.imports.clone().try_acquire_owned() else {
-            let limit = self.core.config.max_concurrent_imports;
-            let message = format!("{limit} imports and exports are going on; try again later");
-            return Err(ApiError::exhausted("RequestLimitExceeded", message));
-        };
+        let transfer = self.core.transfers.begin(account)?;
         let manifest = storage::load_manifest(&self.core, &base).await?;
         let store = self.core.storage.chunks(storage::name_of_domain(&base))?;
         let (sender, stream) = mpsc::channel(QUEUE);
@@ -96,8 +119,10 @@ impl Api {
         getrandom::fill(&mut unique)?;
         let path = self.core.config.spool_dir().join(format!("{}.export", hex::encode(unique)));
         let core = self.core.clone();
+        let failure = Arc::new(Mutex::new(None));
+        let ended = failure.clone();
         self.core.tasks.spawn(async move {
-            let _permit = permit;
+            let _transfer = transfer;
             let _spooled = Spooled(path.clone());
             let tell: Sender = sender.clone();
             let progress = Arc::new(move |done: u64, total: u64| {
@@ -114,16 +139,22 @@ impl Api {
             };
             let result = match written {
                 Ok(_) => {
-                    let (sender, path) = (sender.clone(), path.clone());
-                    let sent = tokio::task::spawn_blocking(move || send(&path, &sender)).await;
+                    let (runtime, patience) = (tokio::runtime::Handle::current(), core.config.transfer_timeout);
+                    let outlet = Outlet { sender: sender.clone(), patience, runtime };
+                    let path = path.clone();
+                    let sent = tokio::task::spawn_blocking(move || send(&path, &outlet)).await;
                     sent.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())))
                 }
                 Err(error) => Err(ApiError::internal(format!("export: {error}"))),
             };
             if let Err(error) = result {
-                let _ = sender.send(Err(error.into())).await;
+                tracing::debug!(%error, "an export has ended early");
+                *failure.lock() = Some(error.into());
             }
         });
-        Ok(Box::pin(ReceiverStream::new(stream)))
+        // Behind all that is on its way: a caller that takes nothing must not hold up the end.
+        let last = futures::stream::once(async move { ended.lock().take() });
+        let last = last.filter_map(|failure: Option<Status>| futures::future::ready(failure.map(Err)));
+        Ok(Box::pin(ReceiverStream::new(stream).chain(last)))
     }
 }

@@ -36,6 +36,11 @@ impl Jobs {
         Some(token)
     }
 
+    /// Whether it has been taken.
+    pub fn has(&self, task: &str) -> bool {
+        self.0.lock().contains_key(task)
+    }
+
     pub fn done(&self, task: &str) {
         self.0.lock().remove(task);
     }

@@ -28,4 +28,5 @@ mod replace;
 mod snapshot_sets;
 mod snapshots;
 mod storm;
+mod transfers;
 mod volumes;
