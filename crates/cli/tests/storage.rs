@@ -421,3 +421,19 @@ async fn a_copy_is_encrypted_when_that_is_asked_for() {
     let asked: Vec<bool> = bed.state().storage.copies.iter().map(|copy| copy.encrypted).collect();
     assert_eq!(asked, [false, true]);
 }
+
+#[tokio::test]
+async fn lists_of_what_has_no_tags_take_filters() {
+    let bed = Bed::new().await;
+    let lists =
+        ["bundle list", "image store-tasks", "image restore-tasks", "volume modifications", "snapshot fast-restore ls"];
+    for list in lists {
+        bed.state().filters.clear();
+        let line: Vec<&str> = list.split(' ').chain(["--filter", "state=a,b*"]).collect();
+        let said = bed.run(&line).await;
+        assert_eq!(said.code, 0, "{list}: {said:?}");
+        let asked = bed.state().filters.clone();
+        let [one] = &asked[..] else { panic!("{list}: {asked:?}") };
+        assert_eq!((one.name.as_str(), one.values.as_slice()), ("state", &["a".to_owned(), "b*".to_owned()][..]));
+    }
+}

@@ -21,6 +21,7 @@ mod files;
 mod keys;
 mod layer;
 mod life;
+mod listing;
 mod live;
 mod mappings;
 mod modification;

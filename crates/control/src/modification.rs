@@ -1,9 +1,12 @@
 //! What becomes of a volume's modification: derived from the records while it goes on, written into the volume's record once,
 //! when its host reports the end.
 
+use std::borrow::Cow;
+
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_types::InstanceState;
+use hearth_types::volume::GIB;
 
 use crate::clock;
 use crate::life;
@@ -152,4 +155,33 @@ pub(crate) fn view(tables: &Tables, spec: &rec::VolumeSpec) -> Option<v1::Volume
         start_time: clock::rfc3339(change.started_ms),
         end_time,
     })
+}
+
+/// Filters of their list.
+pub(crate) const FILTERS: [&str; 9] = [
+    "volume-id",
+    "modification-state",
+    "target-size",
+    "target-volume-type",
+    "target-iops",
+    "original-size",
+    "original-volume-type",
+    "original-iops",
+    "start-time",
+];
+
+/// What a filter looks at.
+pub(crate) fn filter_values<'a>(change: &'a v1::VolumeModification, name: &str) -> Vec<Cow<'a, str>> {
+    let size = |bytes: u64| Cow::Owned(bytes.div_ceil(GIB).to_string());
+    vec![match name {
+        "volume-id" => change.volume_id.as_str().into(),
+        "modification-state" => change.modification_state.as_str().into(),
+        "target-size" => size(change.target_size_bytes),
+        "target-volume-type" => change.target_volume_type.as_str().into(),
+        "target-iops" => change.target_iops.to_string().into(),
+        "original-size" => size(change.original_size_bytes),
+        "original-volume-type" => change.original_volume_type.as_str().into(),
+        "original-iops" => change.original_iops.to_string().into(),
+        _ => change.start_time.as_str().into(),
+    }]
 }

@@ -34,6 +34,7 @@ pub(crate) mod snapshot;
 pub(crate) mod snapshot_set;
 pub(crate) mod storage;
 pub(crate) mod store_image;
+pub(crate) mod store_image_tasks;
 pub(crate) mod tag;
 pub(crate) mod task;
 pub(crate) mod token;

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use super::WaitFlags;
+use super::{FilterFlags, WaitFlags};
 
 /// Verbs of bundles.
 #[derive(Debug, Subcommand)]
@@ -18,11 +18,17 @@ Examples:
   hearth image register --location debian.manifest.json --name debian-store")]
     Create(CreateArgs),
     /// Show bundle tasks
-    #[command(visible_alias = "ls", after_help = "Example:\n  hearth bundle list")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Examples:\n  hearth bundle list\n  hearth bundle list --filter state=storing,pending"
+    )]
     List {
         /// Only these: ids
         #[arg(value_name = "BUNDLE")]
         bundles: Vec<String>,
+        /// What to show
+        #[command(flatten)]
+        list: FilterFlags,
     },
     /// Show everything about one bundle task
     #[command(visible_alias = "show", after_help = "Example:\n  hearth bundle describe bun-0123456789abcdef0")]

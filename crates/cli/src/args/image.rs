@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::mapping::{self, Mapping};
-use super::{ListFlags, WaitFlags, instance, types};
+use super::{FilterFlags, ListFlags, WaitFlags, instance, types};
 
 const WHICH: &str = "Id, unambiguous beginning of an id, or name";
 
@@ -109,6 +109,9 @@ Example:
         /// Only of these: ids, unambiguous beginnings of ids, or names
         #[arg(value_name = "IMAGE")]
         images: Vec<String>,
+        /// What to show
+        #[command(flatten)]
+        list: FilterFlags,
     },
     /// Show tasks that make images of stored ones
     #[command(after_help = "Example:\n  hearth image restore-tasks")]
@@ -116,6 +119,9 @@ Example:
         /// Only those that make these: ids, unambiguous beginnings of ids, or names
         #[arg(value_name = "IMAGE")]
         images: Vec<String>,
+        /// What to show
+        #[command(flatten)]
+        list: FilterFlags,
     },
     /// Delete stored images
     #[command(after_help = "Example:\n  hearth image delete-stored backup/ami-0123456789abcdef0.bin --yes")]

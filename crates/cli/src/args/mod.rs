@@ -195,6 +195,14 @@ pub struct ListFlags {
     pub tags: Vec<types::Filter>,
 }
 
+/// Flags of lists of what has no tags.
+#[derive(Clone, Debug, Default, Args)]
+pub struct FilterFlags {
+    /// Only what matches: NAME=VALUE[,VALUE...]; * and ? are wildcards; several filters must all match
+    #[arg(short, long = "filter", value_name = "NAME=VALUE", value_parser = types::parse_filter)]
+    pub filters: Vec<types::Filter>,
+}
+
 /// Flags of commands whose effect takes time.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct WaitFlags {

@@ -4,7 +4,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use hearth_types::VolumeType;
 
-use super::{ListFlags, WaitFlags, instance, mapping, types};
+use super::{FilterFlags, ListFlags, WaitFlags, instance, mapping, types};
 
 const WHICH_VOLUME: &str = "Id, unambiguous beginning of an id, or Name tag";
 const WHICH_SNAPSHOT: &str = WHICH_VOLUME;
@@ -129,6 +129,9 @@ Examples:
         /// Only of these
         #[arg(value_name = "VOLUME", help = WHICH_VOLUME)]
         volumes: Vec<String>,
+        /// What to show
+        #[command(flatten)]
+        list: FilterFlags,
     },
 }
 
@@ -363,13 +366,16 @@ Examples:
         /// Only these
         #[arg(value_name = "SNAPSHOT", help = WHICH_SNAPSHOT)]
         snapshots: Vec<String>,
+        /// What to show
+        #[command(flatten)]
+        list: FilterFlags,
     },
 }
 
 /// Hosts by name or zone.
 #[derive(Debug, Args)]
 pub struct FastRestorePlaces {
-    /// On this host (several times)
+    /// On this host (several times); for operators
     #[arg(long = "host", value_name = "HOST")]
     pub hosts: Vec<String>,
     /// On every host of this availability zone, also on those that come later (several times)

@@ -5,7 +5,7 @@ use hearth_proto::v1::{BundleTask, CancelBundleTaskRequest, CreateBundleRequest,
 use super::confirm::confirm;
 use super::{Context, lookup};
 use crate::args::BundleCommand;
-use crate::client::client_token;
+use crate::client::{client_token, filters};
 use crate::error::CliError;
 use crate::output;
 use crate::wait::{self, bundle::Complete};
@@ -31,20 +31,20 @@ pub async fn run(context: &Context, command: BundleCommand) -> Result<(), CliErr
             if args.wait.wait {
                 let ids = [task.bundle_id.clone()];
                 waited = wait::until::<BundleTask>(client, &ids, Complete, args.wait.timeout).await;
-                let last = lookup::list_bundle_tasks(client, &ids).await.unwrap_or_default();
+                let last = lookup::list_bundle_tasks(client, &ids, &[]).await.unwrap_or_default();
                 task = last.into_iter().next().unwrap_or(task);
             }
             // A script that gave up waiting needs the id all the more.
             output::print_list(&[task], context.output)?;
             waited
         }
-        BundleCommand::List { bundles } => {
-            let mut found = lookup::list_bundle_tasks(client, &bundles).await?;
+        BundleCommand::List { bundles, list } => {
+            let mut found = lookup::list_bundle_tasks(client, &bundles, &filters(&list.filters)).await?;
             found.sort_by(|a, b| (&a.start_time, &a.bundle_id).cmp(&(&b.start_time, &b.bundle_id)));
             output::print_list(&found, context.output)
         }
         BundleCommand::Describe { bundle } => {
-            let found = lookup::list_bundle_tasks(client, std::slice::from_ref(&bundle)).await?;
+            let found = lookup::list_bundle_tasks(client, std::slice::from_ref(&bundle), &[]).await?;
             match found.first() {
                 Some(task) => output::print_one(task, context.output),
                 None => Err(CliError::NotFound {

@@ -103,27 +103,27 @@ pub async fn run(context: &Context, command: ImageCommand) -> Result<(), CliErro
             if wait.wait {
                 let ids = [task.image_id.clone()];
                 waited = wait::until::<StoreImageTask>(client, &ids, Done, wait.timeout).await;
-                let last = lookup::list_store_tasks(client, &ids).await.unwrap_or_default();
+                let last = lookup::list_store_tasks(client, &ids, &[]).await.unwrap_or_default();
                 task = last.into_iter().find(|last| last.task_id == task.task_id).unwrap_or(task);
             }
             output::print_list(&[task], context.output)?;
             waited
         }
-        ImageCommand::StoreTasks { images } => {
+        ImageCommand::StoreTasks { images, list } => {
             let mut ids = Vec::new();
             for image in &images {
                 ids.push(lookup::image(client, image).await?);
             }
-            let mut found = lookup::list_store_tasks(client, &ids).await?;
+            let mut found = lookup::list_store_tasks(client, &ids, &filters(&list.filters)).await?;
             found.sort_by(|a, b| (&a.start_time, &a.task_id).cmp(&(&b.start_time, &b.task_id)));
             output::print_list(&found, context.output)
         }
-        ImageCommand::RestoreTasks { images } => {
+        ImageCommand::RestoreTasks { images, list } => {
             let mut ids = Vec::new();
             for image in &images {
                 ids.push(lookup::image(client, image).await?);
             }
-            let mut found = lookup::list_restore_tasks(client, &ids).await?;
+            let mut found = lookup::list_restore_tasks(client, &ids, &filters(&list.filters)).await?;
             found.sort_by(|a, b| (&a.start_time, &a.task_id).cmp(&(&b.start_time, &b.task_id)));
             output::print_list(&found, context.output)
         }

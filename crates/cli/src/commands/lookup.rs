@@ -3,8 +3,9 @@
 use hearth_proto::v1::{
     BundleTask, FastSnapshotRestore, Filter, Image, ImageState, Instance, InstanceState, ListBundleTasksRequest,
     ListFastSnapshotRestoresRequest, ListImagesRequest, ListInstancesRequest, ListReplaceRootVolumeTasksRequest,
-    ListRestoreImageTasksRequest, ListSnapshotsRequest, ListStoreImageTasksRequest, ListVolumesRequest, PageRequest,
-    ReplaceRootVolumeTask, RestoreImageTask, Snapshot, StoreImageTask, Volume, VolumeState,
+    ListRestoreImageTasksRequest, ListSnapshotsRequest, ListStoreImageTasksRequest, ListVolumeModificationsRequest,
+    ListVolumesRequest, PageRequest, ReplaceRootVolumeTask, RestoreImageTask, Snapshot, StoreImageTask, Volume,
+    VolumeModification, VolumeState,
 };
 use hearth_types::{ImageId, InstanceId, SnapshotId, VolumeId};
 
@@ -32,30 +33,44 @@ pub async fn list_images(client: &Client, ids: &[String], filters: &[Filter]) ->
     all_pages(one_page).await
 }
 
-/// Bundle tasks with these ids, or all; all pages.
-pub async fn list_bundle_tasks(client: &Client, ids: &[String]) -> Result<Vec<BundleTask>, CliError> {
+/// Bundle tasks that match the ids and filters, all pages.
+pub async fn list_bundle_tasks(
+    client: &Client,
+    ids: &[String],
+    filters: &[Filter],
+) -> Result<Vec<BundleTask>, CliError> {
     let one_page = async |page: PageRequest| {
-        let request = ListBundleTasksRequest { bundle_ids: ids.to_vec(), page: Some(page) };
+        let request = ListBundleTasksRequest { bundle_ids: ids.to_vec(), filters: filters.to_vec(), page: Some(page) };
         let answer = client.unwrap(client.images().list_bundle_tasks(request).await)?;
         Ok((answer.tasks, answer.page))
     };
     all_pages(one_page).await
 }
 
-/// Tasks that store these images, or all; all pages.
-pub async fn list_store_tasks(client: &Client, images: &[String]) -> Result<Vec<StoreImageTask>, CliError> {
+/// Tasks that store these images (none = any) and match the filters, all pages.
+pub async fn list_store_tasks(
+    client: &Client,
+    images: &[String],
+    filters: &[Filter],
+) -> Result<Vec<StoreImageTask>, CliError> {
     let one_page = async |page: PageRequest| {
-        let request = ListStoreImageTasksRequest { image_ids: images.to_vec(), page: Some(page) };
+        let (image_ids, filters) = (images.to_vec(), filters.to_vec());
+        let request = ListStoreImageTasksRequest { image_ids, filters, page: Some(page) };
         let answer = client.unwrap(client.images().list_store_image_tasks(request).await)?;
         Ok((answer.tasks, answer.page))
     };
     all_pages(one_page).await
 }
 
-/// Tasks that make these images of objects, or all; all pages.
-pub async fn list_restore_tasks(client: &Client, images: &[String]) -> Result<Vec<RestoreImageTask>, CliError> {
+/// Tasks that make these images of objects (none = any) and match the filters, all pages.
+pub async fn list_restore_tasks(
+    client: &Client,
+    images: &[String],
+    filters: &[Filter],
+) -> Result<Vec<RestoreImageTask>, CliError> {
     let one_page = async |page: PageRequest| {
-        let request = ListRestoreImageTasksRequest { image_ids: images.to_vec(), page: Some(page) };
+        let (image_ids, filters) = (images.to_vec(), filters.to_vec());
+        let request = ListRestoreImageTasksRequest { image_ids, filters, page: Some(page) };
         let answer = client.unwrap(client.images().list_restore_image_tasks(request).await)?;
         Ok((answer.tasks, answer.page))
     };
@@ -92,10 +107,34 @@ pub async fn list_snapshots(client: &Client, ids: &[String], filters: &[Filter])
     all_pages(one_page).await
 }
 
-/// Where snapshots are fetched whole; no ids = all of the account.
-pub async fn list_fast_restores(client: &Client, ids: &[String]) -> Result<Vec<FastSnapshotRestore>, CliError> {
-    let request = ListFastSnapshotRestoresRequest { snapshot_ids: ids.to_vec() };
-    Ok(client.unwrap(client.snapshots().list_fast_snapshot_restores(request).await)?.fast_snapshot_restores)
+/// Modifications of these volumes (none = any) that match the filters, all pages.
+pub async fn list_modifications(
+    client: &Client,
+    volumes: &[String],
+    filters: &[Filter],
+) -> Result<Vec<VolumeModification>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let (volume_ids, filters) = (volumes.to_vec(), filters.to_vec());
+        let request = ListVolumeModificationsRequest { volume_ids, filters, page: Some(page) };
+        let answer = client.unwrap(client.volumes().list_volume_modifications(request).await)?;
+        Ok((answer.modifications, answer.page))
+    };
+    all_pages(one_page).await
+}
+
+/// Where snapshots (none = any) are fetched whole, as far as it matches the filters; all pages.
+pub async fn list_fast_restores(
+    client: &Client,
+    ids: &[String],
+    filters: &[Filter],
+) -> Result<Vec<FastSnapshotRestore>, CliError> {
+    let one_page = async |page: PageRequest| {
+        let (snapshot_ids, filters) = (ids.to_vec(), filters.to_vec());
+        let request = ListFastSnapshotRestoresRequest { snapshot_ids, filters, page: Some(page) };
+        let answer = client.unwrap(client.snapshots().list_fast_snapshot_restores(request).await)?;
+        Ok((answer.fast_snapshot_restores, answer.page))
+    };
+    all_pages(one_page).await
 }
 
 /// A filter for resources with one of these ids; unlike a list by ids, it takes unknown ones.

@@ -111,7 +111,7 @@ async fn fast_restore(context: &Context, command: FastRestoreCommand) -> Result<
             if wait.wait {
                 let ids: Vec<String> = made.iter().map(View::id).collect();
                 waited = wait::until::<FastSnapshotRestore>(client, &ids, Whole, wait.timeout).await;
-                made = lookup::list_fast_restores(client, &snapshot_ids).await.unwrap_or(made);
+                made = lookup::list_fast_restores(client, &snapshot_ids, &[]).await.unwrap_or(made);
             }
             output::print_list(&made, context.output)?;
             waited
@@ -126,9 +126,10 @@ async fn fast_restore(context: &Context, command: FastRestoreCommand) -> Result<
             client.unwrap(client.snapshots().disable_fast_snapshot_restores(request).await)?;
             output::print_done(&ids, "snapshot_id", "is fetched as it is read again", context.output)
         }
-        FastRestoreCommand::List { snapshots } => {
+        FastRestoreCommand::List { snapshots, list } => {
             let ids = lookup::snapshots(client, &snapshots).await?;
-            output::print_list(&lookup::list_fast_restores(client, &ids).await?, context.output)
+            let found = lookup::list_fast_restores(client, &ids, &filters(&list.filters)).await?;
+            output::print_list(&found, context.output)
         }
     }
 }

@@ -2,14 +2,14 @@
 
 use hearth_proto::v1::{
     AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DetachVolumeRequest, GetVolumeRequest,
-    ListVolumeModificationsRequest, ModifyVolumeRequest, PageRequest, Volume, VolumeAttachment, VolumeModification,
+    ModifyVolumeRequest, Volume, VolumeAttachment,
 };
 
 use super::confirm::confirm;
 use super::{Context, lookup};
 use crate::args::storage::{CreateVolumeArgs, ModifyVolumeArgs};
 use crate::args::{VolumeCommand, WaitFlags};
-use crate::client::{Client, all_pages, client_token, filters, named_tags};
+use crate::client::{Client, client_token, filters, named_tags};
 use crate::error::CliError;
 use crate::output;
 use crate::view::volume::{attachment_to, name};
@@ -53,9 +53,9 @@ pub async fn run(context: &Context, command: VolumeCommand) -> Result<(), CliErr
             detach(context, DetachVolumeRequest { volume_id, instance_id, device, force }, wait).await
         }
         VolumeCommand::Modify(args) => modify(context, args).await,
-        VolumeCommand::Modifications { volumes } => {
+        VolumeCommand::Modifications { volumes, list } => {
             let ids = lookup::volumes(client, &volumes).await?;
-            let mut found = list_modifications(client, &ids).await?;
+            let mut found = lookup::list_modifications(client, &ids, &filters(&list.filters)).await?;
             found.sort_by(|a, b| (&a.start_time, &a.volume_id).cmp(&(&b.start_time, &b.volume_id)));
             output::print_list(&found, context.output)
         }
@@ -64,15 +64,6 @@ pub async fn run(context: &Context, command: VolumeCommand) -> Result<(), CliErr
 
 async fn get(client: &Client, id: &str) -> Result<Volume, CliError> {
     client.unwrap(client.volumes().get_volume(GetVolumeRequest { volume_id: id.to_owned() }).await)
-}
-
-async fn list_modifications(client: &Client, ids: &[String]) -> Result<Vec<VolumeModification>, CliError> {
-    let one_page = async |page: PageRequest| {
-        let request = ListVolumeModificationsRequest { volume_ids: ids.to_vec(), page: Some(page) };
-        let answer = client.unwrap(client.volumes().list_volume_modifications(request).await)?;
-        Ok((answer.modifications, answer.page))
-    };
-    all_pages(one_page).await
 }
 
 async fn follow(client: &Client, id: &str, goal: Goal, flags: WaitFlags) -> Result<(), CliError> {

@@ -48,15 +48,15 @@ impl Followed for BundleTask {
 
     async fn watch(client: &Client, ids: Vec<String>) -> Result<Changes<Self>, CliError> {
         let client = client.clone();
-        let first = lookup::list_bundle_tasks(&client, &ids).await?;
+        let first = lookup::list_bundle_tasks(&client, &ids, &[]).await?;
         Ok(polled(first, move || {
             let (client, ids) = (client.clone(), ids.clone());
-            async move { lookup::list_bundle_tasks(&client, &ids).await }
+            async move { lookup::list_bundle_tasks(&client, &ids, &[]).await }
         }))
     }
 
     async fn existing(client: &Client, ids: &[String]) -> Result<Vec<Self>, CliError> {
-        let all = lookup::list_bundle_tasks(client, &[]).await?;
+        let all = lookup::list_bundle_tasks(client, &[], &[]).await?;
         Ok(all.into_iter().filter(|task| ids.contains(&task.bundle_id)).collect())
     }
 }

@@ -20,7 +20,7 @@ fn snapshots(keys: &[String]) -> Vec<String> {
 }
 
 async fn find(client: &Client, keys: &[String]) -> Result<Vec<FastSnapshotRestore>, CliError> {
-    let found = lookup::list_fast_restores(client, &snapshots(keys)).await?;
+    let found = lookup::list_fast_restores(client, &snapshots(keys), &[]).await?;
     Ok(found.into_iter().map(key).filter(|one| keys.contains(&one.snapshot_id)).collect())
 }
 

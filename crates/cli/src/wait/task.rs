@@ -48,15 +48,15 @@ impl Followed for StoreImageTask {
 
     async fn watch(client: &Client, ids: Vec<String>) -> Result<Changes<Self>, CliError> {
         let client = client.clone();
-        let first = newest(lookup::list_store_tasks(&client, &ids).await?);
+        let first = newest(lookup::list_store_tasks(&client, &ids, &[]).await?);
         Ok(polled(first, move || {
             let (client, ids) = (client.clone(), ids.clone());
-            async move { Ok(newest(lookup::list_store_tasks(&client, &ids).await?)) }
+            async move { Ok(newest(lookup::list_store_tasks(&client, &ids, &[]).await?)) }
         }))
     }
 
     async fn existing(client: &Client, ids: &[String]) -> Result<Vec<Self>, CliError> {
-        Ok(newest(lookup::list_store_tasks(client, ids).await?))
+        Ok(newest(lookup::list_store_tasks(client, ids, &[]).await?))
     }
 }
 

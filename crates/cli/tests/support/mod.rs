@@ -49,6 +49,8 @@ pub struct State {
     pub objects_deleted: Vec<String>,
     pub stored: Vec<StoreImageTask>,
     pub restored: Vec<CreateRestoreImageTaskRequest>,
+    /// Filters of the last list of what has no tags.
+    pub filters: Vec<Filter>,
     pub replaced: Vec<CreateReplaceRootVolumeTaskRequest>,
     pub bundles: Vec<BundleTask>,
     pub bundles_created: Vec<CreateBundleRequest>,
@@ -328,10 +330,13 @@ impl ImageService for Fake {
     }
 
     async fn list_bundle_tasks(&self, request: Request<ListBundleTasksRequest>) -> Answer<ListBundleTasksResponse> {
-        let state = self.begin(&request)?;
-        let ids = &request.get_ref().bundle_ids;
+        let mut state = self.begin(&request)?;
+        let request = request.into_inner();
+        let ids = &request.bundle_ids;
         let all = state.bundles.iter().filter(|task| ids.is_empty() || ids.contains(&task.bundle_id));
-        Ok(Response::new(ListBundleTasksResponse { tasks: all.cloned().collect(), page: None }))
+        let tasks = all.cloned().collect();
+        state.filters = request.filters;
+        Ok(Response::new(ListBundleTasksResponse { tasks, page: None }))
     }
 
     async fn cancel_bundle_task(&self, request: Request<CancelBundleTaskRequest>) -> Answer<BundleTask> {
@@ -370,7 +375,9 @@ impl ImageService for Fake {
         &self,
         request: Request<ListStoreImageTasksRequest>,
     ) -> Answer<ListStoreImageTasksResponse> {
-        let tasks = self.begin(&request)?.stored.clone();
+        let mut state = self.begin(&request)?;
+        let tasks = state.stored.clone();
+        state.filters = request.into_inner().filters;
         Ok(Response::new(ListStoreImageTasksResponse { tasks, page: None }))
     }
 
@@ -384,7 +391,9 @@ impl ImageService for Fake {
             progress: 40,
             ..RestoreImageTask::default()
         };
-        let tasks = self.begin(&request)?.restored.iter().map(one).collect();
+        let mut state = self.begin(&request)?;
+        let tasks = state.restored.iter().map(one).collect();
+        state.filters = request.into_inner().filters;
         Ok(Response::new(ListRestoreImageTasksResponse { tasks, page: None }))
     }
 

@@ -148,8 +148,9 @@ impl VolumeService for Fake {
         &self,
         request: Request<ListVolumeModificationsRequest>,
     ) -> Answer<ListVolumeModificationsResponse> {
-        let state = self.begin(&request)?;
+        let mut state = self.begin(&request)?;
         let modifications = state.storage.volumes.iter().filter_map(|volume| volume.modification.clone()).collect();
+        state.filters = request.into_inner().filters;
         Ok(Response::new(ListVolumeModificationsResponse { modifications, page: None }))
     }
 
@@ -256,7 +257,8 @@ impl SnapshotService for Fake {
         let mut state = self.begin(&request)?;
         let percent = state.storage.fast_restore_percents.pop_front().unwrap_or(100);
         let fast_snapshot_restores = state.storage.fast_restored(percent);
-        Ok(Response::new(ListFastSnapshotRestoresResponse { fast_snapshot_restores }))
+        state.filters = request.into_inner().filters;
+        Ok(Response::new(ListFastSnapshotRestoresResponse { fast_snapshot_restores, page: None }))
     }
 
     type WatchSnapshotsStream = ReceiverStream<Result<Snapshot, Status>>;

@@ -3,6 +3,7 @@
 //! Sources: <https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_BundleInstance.html>, `API_DescribeBundleTasks`,
 //! `API_CancelBundleTask`.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
@@ -27,7 +28,7 @@ use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::life;
-use crate::paging::Pager;
+use crate::listing::Listing;
 use crate::storage;
 use crate::tables::Tables;
 
@@ -35,6 +36,7 @@ pub(crate) const PREFIX: &str = "bun";
 /// Folder of all bundles in the object store.
 pub(crate) const FOLDER: &str = "bundle";
 const MANIFEST: &str = ".manifest.json";
+const FILTERS: [&str; 6] = ["bundle-id", "instance-id", "image-id", "state", "start-time", "update-time"];
 const MAX_PREFIX_CHARS: usize = 200;
 /// Parts that are looked for at a time.
 const PARALLEL_LOOKS: usize = 16;
@@ -128,6 +130,23 @@ fn view(core: &Core, task: &rec::Task, job: &rec::BundleJob) -> v1::BundleTask {
         start_time: clock::rfc3339(task.created_ms),
         update_time: clock::rfc3339(task.updated_ms),
     }
+}
+
+fn filter_values<'a>(task: &'a v1::BundleTask, name: &str) -> Vec<Cow<'a, str>> {
+    let text = match name {
+        "bundle-id" => task.bundle_id.as_str(),
+        "instance-id" => &task.instance_id,
+        "image-id" => &task.image_id,
+        "state" => match task.state() {
+            v1::BundleTaskState::Complete => "complete",
+            v1::BundleTaskState::Failed => "failed",
+            v1::BundleTaskState::Storing => "storing",
+            v1::BundleTaskState::Pending | v1::BundleTaskState::Unspecified => "pending",
+        },
+        "start-time" => &task.start_time,
+        _ => &task.update_time,
+    };
+    vec![text.into()]
 }
 
 fn not_found(ids: &[&str]) -> ApiError {
@@ -283,22 +302,19 @@ impl Api {
         mut request: v1::ListBundleTasksRequest,
     ) -> ApiResult<v1::ListBundleTasksResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListBundleTasks", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("bundle_ids", &request.bundle_ids)?;
+        let listing = Listing::new(&self.core, "ListBundleTasks", account, &request, page.as_ref())?
+            .ids("bundle_ids", &request.bundle_ids, |id| task::check_id(PREFIX, id))?
+            .filters(&request.filters, &FILTERS)?;
         let tables = self.core.tables();
-        ids.iter().try_for_each(|id| task::check_id(PREFIX, id))?;
-        let missing: Vec<&str> =
-            ids.iter().map(String::as_str).filter(|id| find(&tables, account, id).is_err()).collect();
-        if !missing.is_empty() {
-            return Err(not_found(&missing));
-        }
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::BundleTask> = tables
             .tasks
             .iter()
-            .filter(|(id, task)| task.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter(|(id, task)| task.account_id == account && listing.wants(id))
             .filter_map(|(_, task)| Some(view(&self.core, task, job(task)?)))
+            .filter(|task| listing.matches(|name| filter_values(task, name)))
             .collect();
-        let (tasks, page) = pager.collect(found.iter().map(|found| (found.bundle_id.as_str(), found.clone())));
+        let (tasks, page) = listing.page(&found, |found| &found.bundle_id);
         Ok(v1::ListBundleTasksResponse { tasks, page })
     }
 

@@ -2,6 +2,7 @@
 //! and can be had for single hosts.
 //! Source: <https://docs.aws.amazon.com/ebs/latest/userguide/ebs-fast-snapshot-restore.html>
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use hearth_proto::record::v1 as rec;
@@ -16,10 +17,12 @@ use crate::check;
 use crate::clock;
 use crate::core::encode;
 use crate::keys;
+use crate::listing::Listing;
 use crate::tables::Tables;
 
 /// EC2's limit of snapshots of one account and region.
 const MAX_SNAPSHOTS: usize = 5;
+const FILTERS: [&str; 3] = ["snapshot-id", "state", "availability-zone"];
 
 /// What connected hosts have said, by host and snapshot. Learned anew after a restart.
 #[derive(Default)]
@@ -72,6 +75,24 @@ pub(crate) fn desired(tables: &Tables, host: &str) -> Vec<v1::BaseSnapshot> {
 /// Whether a host has a wish for this snapshot.
 pub(crate) fn is_wanted(tables: &Tables, host: &str, snapshot: &str) -> bool {
     tables.snapshot(snapshot).is_some_and(|(spec, _)| wish(tables, &spec, host).is_some())
+}
+
+/// What tells it from others of the list, in its order.
+fn place_of(one: &v1::FastSnapshotRestore) -> String {
+    format!("{}/{}/{}", one.snapshot_id, one.host_id, one.availability_zone)
+}
+
+fn filter_values<'a>(one: &'a v1::FastSnapshotRestore, name: &str) -> Vec<Cow<'a, str>> {
+    use v1::FastSnapshotRestoreState::{Enabled, Enabling, Optimizing, Unspecified};
+    vec![match name {
+        "snapshot-id" => one.snapshot_id.as_str().into(),
+        "availability-zone" => one.availability_zone.as_str().into(),
+        _ => match one.state() {
+            Enabled => "enabled".into(),
+            Optimizing => "optimizing".into(),
+            Enabling | Unspecified => "enabling".into(),
+        },
+    }]
 }
 
 /// Only operators know hosts.
@@ -263,13 +284,19 @@ impl Api {
     pub(crate) fn do_list_fast_restores(
         &self,
         caller: &Caller,
-        request: &v1::ListFastSnapshotRestoresRequest,
+        mut request: v1::ListFastSnapshotRestoresRequest,
     ) -> ApiResult<v1::ListFastSnapshotRestoresResponse> {
-        let ids = check::optional_ids("snapshot_ids", &request.snapshot_ids)?;
+        let account = caller.account_id.as_str();
+        let page = request.page.take();
+        let listing = Listing::new(&self.core, "ListFastSnapshotRestores", account, &request, page.as_ref())?
+            .ids("snapshot_ids", &request.snapshot_ids, snapshot::check_id)?
+            .filters(&request.filters, &FILTERS)?;
         let tables = self.core.tables();
-        for id in &ids {
-            snapshot::find(&tables, &caller.account_id, id)?;
-        }
-        Ok(v1::ListFastSnapshotRestoresResponse { fast_snapshot_restores: self.fast_restores(&tables, caller, &ids) })
+        listing.all_known(|id| snapshot::find(&tables, account, id).is_ok(), snapshot::not_found)?;
+        let all = self.fast_restores(&tables, caller, &[]).into_iter().map(|one| (place_of(&one), one));
+        let wanted = all.filter(|(key, one)| listing.is_ahead(key) && listing.names(&one.snapshot_id));
+        let wanted: Vec<_> = wanted.filter(|(_, one)| listing.matches(|name| filter_values(one, name))).collect();
+        let (fast_snapshot_restores, page) = listing.keyed_page(&wanted);
+        Ok(v1::ListFastSnapshotRestoresResponse { fast_snapshot_restores, page })
     }
 }

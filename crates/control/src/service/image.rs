@@ -1,10 +1,12 @@
 //! Images: finding, listing and deregistering them. Importing is in `import`.
 
+use std::borrow::Cow;
+
 use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
 use hearth_types::ImageId;
-use hearth_types::volume::ROOT_DEVICE_NAME;
+use hearth_types::volume::{GIB, ROOT_DEVICE_NAME};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Api, import};
@@ -14,11 +16,29 @@ use crate::check;
 use crate::clock;
 use crate::core::encode;
 use crate::keys;
-use crate::paging::Pager;
+use crate::listing::Listing;
 use crate::tables::{ImageEntry, Tables, Versioned};
 
-const FILTERS: [&str; 9] =
-    ["image-id", "name", "description", "state", "architecture", "owner-id", "tag-key", "tag-value", "tag:"];
+const FILTERS: [&str; 18] = [
+    "image-id",
+    "name",
+    "description",
+    "state",
+    "architecture",
+    "owner-id",
+    "image-type",
+    "creation-date",
+    "root-device-type",
+    "block-device-mapping.device-name",
+    "block-device-mapping.snapshot-id",
+    "block-device-mapping.volume-size",
+    "block-device-mapping.volume-type",
+    "block-device-mapping.delete-on-termination",
+    "block-device-mapping.encrypted",
+    "tag-key",
+    "tag-value",
+    "tag:",
+];
 
 /// The device that instances of an image boot from.
 pub(crate) fn root_device_name(spec: &rec::ImageSpec) -> String {
@@ -111,37 +131,57 @@ pub(crate) fn find_own<'a>(tables: &'a Tables, account: &str, id: &str) -> ApiRe
     }
 }
 
+fn filter_values<'a>(image: &'a v1::Image, name: &str) -> Vec<Cow<'a, str>> {
+    if let Some(field) = name.strip_prefix("block-device-mapping.") {
+        return image.block_device_mappings.iter().filter_map(|mapping| mapping_value(mapping, field)).collect();
+    }
+    let text = match name {
+        "image-id" => &image.image_id,
+        "name" => &image.name,
+        "description" => &image.description,
+        "state" => return vec![state_name(image.state()).into()],
+        "architecture" => &image.architecture,
+        "owner-id" => &image.account_id,
+        // There are no kernel and ramdisk images.
+        "image-type" => return vec!["machine".into()],
+        "creation-date" => &image.creation_date,
+        "root-device-type" => &image.root_device_type,
+        other => return check::tag_values(&image.tags, other).unwrap_or_default(),
+    };
+    vec![text.as_str().into()]
+}
+
+/// What a filter looks at in one mapping.
+fn mapping_value<'a>(mapping: &'a v1::BlockDeviceMapping, field: &str) -> Option<Cow<'a, str>> {
+    if field == "device-name" {
+        return Some(mapping.device_name.as_str().into());
+    }
+    let ebs = mapping.ebs.as_ref()?;
+    Some(match field {
+        "snapshot-id" => ebs.snapshot_id.as_str().into(),
+        "volume-size" => ebs.volume_size_bytes.div_ceil(GIB).to_string().into(),
+        "volume-type" => ebs.volume_type.as_str().into(),
+        "delete-on-termination" => ebs.delete_on_termination?.to_string().into(),
+        _ => ebs.encrypted?.to_string().into(),
+    })
+}
+
 impl Api {
     fn do_list_images(&self, account: &str, mut request: v1::ListImagesRequest) -> ApiResult<v1::ListImagesResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListImages", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("image_ids", &request.image_ids)?;
-        ids.iter().try_for_each(|id| check_id(id))?;
-        let filters = check::filters(&request.filters, &FILTERS)?;
+        let listing = Listing::new(&self.core, "ListImages", account, &request, page.as_ref())?
+            .ids("image_ids", &request.image_ids, check_id)?
+            .filters(&request.filters, &FILTERS)?;
         let tables = self.core.tables();
-        let known = |id: &&str| tables.images.get(*id).and_then(|entry| visible(&tables, account, entry)).is_some();
-        let missing: Vec<&str> = ids.iter().map(String::as_str).filter(|id| !known(id)).collect();
-        if !missing.is_empty() {
-            return Err(not_found(&missing));
-        }
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::Image> = tables
             .images
             .iter()
-            .filter(|(id, _)| pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter(|(id, _)| listing.wants(id))
             .filter_map(|(_, entry)| Some(view(visible(&tables, account, entry)?, entry.status.as_deref())))
-            .filter(|image| {
-                filters.matches(|name| match name {
-                    "image-id" => vec![image.image_id.as_str().into()],
-                    "name" => vec![image.name.as_str().into()],
-                    "description" => vec![image.description.as_str().into()],
-                    "state" => vec![state_name(image.state()).into()],
-                    "architecture" => vec![image.architecture.as_str().into()],
-                    "owner-id" => vec![image.account_id.as_str().into()],
-                    other => check::tag_values(&image.tags, other).unwrap_or_default(),
-                })
-            })
+            .filter(|image| listing.matches(|name| filter_values(image, name)))
             .collect();
-        let (images, page) = pager.collect(found.iter().map(|image| (image.image_id.as_str(), image.clone())));
+        let (images, page) = listing.page(&found, |image| &image.image_id);
         Ok(v1::ListImagesResponse { images, page })
     }
 

@@ -19,7 +19,7 @@ use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::life;
-use crate::paging::Pager;
+use crate::listing::Listing;
 use crate::storage::Storage;
 use crate::tables::{Tables, Versioned};
 use crate::volumes;
@@ -137,22 +137,20 @@ impl Api {
         mut request: v1::ListReplaceRootVolumeTasksRequest,
     ) -> ApiResult<v1::ListReplaceRootVolumeTasksResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListReplaceRootVolumeTasks", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("task_ids", &request.task_ids)?;
-        ids.iter().try_for_each(|id| task::check_id(PREFIX, id))?;
+        let listing = Listing::new(&self.core, "ListReplaceRootVolumeTasks", account, &request, page.as_ref())?.ids(
+            "task_ids",
+            &request.task_ids,
+            |id| task::check_id(PREFIX, id),
+        )?;
         let tables = self.core.tables();
-        let missing: Vec<&str> =
-            ids.iter().map(String::as_str).filter(|id| find(&tables, account, id).is_err()).collect();
-        if !missing.is_empty() {
-            return Err(not_found(&missing));
-        }
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::ReplaceRootVolumeTask> = tables
             .tasks
             .iter()
-            .filter(|(id, task)| task.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter(|(id, task)| task.account_id == account && listing.wants(id))
             .filter_map(|(_, task)| Some(view(task, job(task)?)))
             .collect();
-        let (tasks, page) = pager.collect(found.iter().map(|found| (found.task_id.as_str(), found.clone())));
+        let (tasks, page) = listing.page(&found, |found| &found.task_id);
         Ok(v1::ListReplaceRootVolumeTasksResponse { tasks, page })
     }
 }

@@ -22,12 +22,12 @@ use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
-use crate::paging::Pager;
+use crate::listing::Listing;
 use crate::storage;
 use crate::tables::{SCHEMA_VERSION, SnapshotEntry, Tables, Versioned};
 use crate::volumes;
 
-const FILTERS: [&str; 10] = [
+const FILTERS: [&str; 12] = [
     "snapshot-id",
     "volume-id",
     "volume-size",
@@ -35,6 +35,8 @@ const FILTERS: [&str; 10] = [
     "status",
     "progress",
     "start-time",
+    "encrypted",
+    "owner-id",
     "tag-key",
     "tag-value",
     "tag:",
@@ -49,7 +51,7 @@ pub(crate) fn not_found(ids: &[&str]) -> ApiError {
     ApiError::not_found("InvalidSnapshot.NotFound", "snapshot", ids)
 }
 
-fn check_id(id: &str) -> ApiResult<()> {
+pub(crate) fn check_id(id: &str) -> ApiResult<()> {
     match id.parse::<SnapshotId>() {
         Ok(_) => Ok(()),
         Err(error) => Err(ApiError::malformed_id("InvalidSnapshotID.Malformed", "snapshot_id", &error)),
@@ -443,26 +445,21 @@ impl Api {
         mut request: v1::ListSnapshotsRequest,
     ) -> ApiResult<v1::ListSnapshotsResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListSnapshots", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("snapshot_ids", &request.snapshot_ids)?;
-        ids.iter().try_for_each(|id| check_id(id))?;
-        let filters = check::filters(&request.filters, &FILTERS)?;
+        let listing = Listing::new(&self.core, "ListSnapshots", account, &request, page.as_ref())?
+            .ids("snapshot_ids", &request.snapshot_ids, check_id)?
+            .filters(&request.filters, &FILTERS)?;
         let tables = self.core.tables();
-        let missing: Vec<&str> =
-            ids.iter().map(String::as_str).filter(|id| find(&tables, account, id).is_err()).collect();
-        if !missing.is_empty() {
-            return Err(not_found(&missing));
-        }
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::Snapshot> = tables
             .snapshots
             .iter()
-            .filter(|(id, _)| pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter(|(id, _)| listing.wants(id))
             .filter_map(|(_, entry)| Some((shown(entry)?, entry.status.as_deref())))
             .filter(|(spec, _)| spec.account_id == account)
             .map(|(spec, status)| view(&self.core, spec, status))
-            .filter(|snapshot| filters.matches(|name| filter_values(snapshot, name)))
+            .filter(|snapshot| listing.matches(|name| filter_values(snapshot, name)))
             .collect();
-        let (snapshots, page) = pager.collect(found.iter().map(|found| (found.snapshot_id.as_str(), found.clone())));
+        let (snapshots, page) = listing.page(&found, |found| &found.snapshot_id);
         Ok(v1::ListSnapshotsResponse { snapshots, page })
     }
 
@@ -584,6 +581,8 @@ fn filter_values<'a>(snapshot: &'a v1::Snapshot, name: &str) -> Vec<Cow<'a, str>
         }),
         "progress" => vec![format!("{}%", snapshot.progress).into()],
         "start-time" => one(&snapshot.start_time),
+        "encrypted" => vec![snapshot.encrypted.to_string().into()],
+        "owner-id" => one(&snapshot.account_id),
         other => check::tag_values(&snapshot.tags, other).unwrap_or_default(),
     }
 }
@@ -653,7 +652,7 @@ impl v1::snapshot_service_server::SnapshotService for Api {
         request: Request<v1::ListFastSnapshotRestoresRequest>,
     ) -> Answer<v1::ListFastSnapshotRestoresResponse> {
         let caller = auth::caller(&request)?;
-        Ok(Response::new(self.do_list_fast_restores(&caller, request.get_ref())?))
+        Ok(Response::new(self.do_list_fast_restores(&caller, request.into_inner())?))
     }
 
     type WatchSnapshotsStream = Pin<Box<dyn Stream<Item = Result<v1::Snapshot, Status>> + Send>>;

@@ -23,6 +23,7 @@ use tonic::Code;
 
 use super::idempotency::ClientToken;
 use super::register::{available, new_image};
+use super::store_image_tasks::view;
 use super::{Api, bundle, image, import, snapshot, task};
 use crate::api_error::{ApiError, ApiResult};
 use crate::check;
@@ -30,7 +31,6 @@ use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::mappings;
-use crate::paging::Pager;
 use crate::storage;
 use crate::tables::{SCHEMA_VERSION, Tables};
 
@@ -100,14 +100,14 @@ impl Mapping {
     }
 }
 
-fn job(task: &rec::Task) -> Option<&rec::StoreImageJob> {
+pub(crate) fn job(task: &rec::Task) -> Option<&rec::StoreImageJob> {
     match &task.kind {
         Some(Kind::StoreImage(job)) => Some(job),
         _ => None,
     }
 }
 
-fn restore_job(task: &rec::Task) -> Option<&rec::RestoreImageJob> {
+pub(crate) fn restore_job(task: &rec::Task) -> Option<&rec::RestoreImageJob> {
     match &task.kind {
         Some(Kind::RestoreImage(job)) => Some(job),
         _ => None,
@@ -130,43 +130,6 @@ fn key_of(account: &str, asked: &str) -> ApiResult<String> {
 pub(crate) fn is_being_restored(tables: &Tables, id: &str) -> bool {
     let mut jobs = task::open(tables).filter_map(|task| restore_job(task));
     jobs.any(|job| job.image_id == id || job.snapshot_ids.iter().any(|snapshot| snapshot == id))
-}
-
-fn state_of(task: &rec::Task) -> v1::StoreImageTaskState {
-    match task.state() {
-        TaskState::Complete => v1::StoreImageTaskState::Completed,
-        TaskState::Failed => v1::StoreImageTaskState::Failed,
-        TaskState::Pending | TaskState::Running | TaskState::Unspecified => v1::StoreImageTaskState::InProgress,
-    }
-}
-
-fn progress_of(core: &Core, task: &rec::Task) -> u32 {
-    if task.state() == TaskState::Complete { 100 } else { core.live.percent(&task.task_id) }
-}
-
-fn restore_view(core: &Core, task: &rec::Task, job: &rec::RestoreImageJob) -> v1::RestoreImageTask {
-    v1::RestoreImageTask {
-        task_id: task.task_id.clone(),
-        image_id: job.image_id.clone(),
-        object_key: job.object_key.clone(),
-        snapshot_ids: job.snapshot_ids.clone(),
-        state: state_of(task).into(),
-        state_reason: task.reason.clone(),
-        progress: progress_of(core, task),
-        start_time: clock::rfc3339(task.created_ms),
-    }
-}
-
-fn view(core: &Core, task: &rec::Task, job: &rec::StoreImageJob) -> v1::StoreImageTask {
-    v1::StoreImageTask {
-        task_id: task.task_id.clone(),
-        image_id: job.image_id.clone(),
-        object_key: job.object_key.clone(),
-        state: state_of(task).into(),
-        state_reason: task.reason.clone(),
-        progress: progress_of(core, task),
-        start_time: clock::rfc3339(task.created_ms),
-    }
 }
 
 fn unreadable(error: &StorageError) -> ApiError {
@@ -218,48 +181,6 @@ impl Api {
             }
         }
         Err(ApiError::unavailable("too many changes at the same time; try again"))
-    }
-
-    pub(crate) fn do_list_store_tasks(
-        &self,
-        account: &str,
-        mut request: v1::ListStoreImageTasksRequest,
-    ) -> ApiResult<v1::ListStoreImageTasksResponse> {
-        let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListStoreImageTasks", account, &request, page.as_ref())?;
-        let images = check::optional_ids("image_ids", &request.image_ids)?;
-        images.iter().try_for_each(|id| image::check_id(id))?;
-        let tables = self.core.tables();
-        let found: Vec<v1::StoreImageTask> = tables
-            .tasks
-            .iter()
-            .filter(|(id, task)| task.account_id == account && pager.wants(id))
-            .filter_map(|(_, task)| Some(view(&self.core, task, job(task)?)))
-            .filter(|task| images.is_empty() || images.contains(&task.image_id))
-            .collect();
-        let (tasks, page) = pager.collect(found.iter().map(|found| (found.task_id.as_str(), found.clone())));
-        Ok(v1::ListStoreImageTasksResponse { tasks, page })
-    }
-
-    pub(crate) fn do_list_restore_tasks(
-        &self,
-        account: &str,
-        mut request: v1::ListRestoreImageTasksRequest,
-    ) -> ApiResult<v1::ListRestoreImageTasksResponse> {
-        let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListRestoreImageTasks", account, &request, page.as_ref())?;
-        let images = check::optional_ids("image_ids", &request.image_ids)?;
-        images.iter().try_for_each(|id| image::check_id(id))?;
-        let tables = self.core.tables();
-        let found: Vec<v1::RestoreImageTask> = tables
-            .tasks
-            .iter()
-            .filter(|(id, task)| task.account_id == account && pager.wants(id))
-            .filter_map(|(_, task)| Some(restore_view(&self.core, task, restore_job(task)?)))
-            .filter(|task| images.is_empty() || images.contains(&task.image_id))
-            .collect();
-        let (tasks, page) = pager.collect(found.iter().map(|found| (found.task_id.as_str(), found.clone())));
-        Ok(v1::ListRestoreImageTasksResponse { tasks, page })
     }
 
     pub(crate) async fn do_delete_stored(&self, account: &str, asked: &str) -> ApiResult<()> {

@@ -21,8 +21,8 @@ use crate::clock;
 use crate::core::{Commit, encode};
 use crate::keys;
 use crate::life;
+use crate::listing::Listing;
 use crate::modification;
-use crate::paging::Pager;
 use crate::storage::{self, Storage};
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 use crate::volumes;
@@ -282,24 +282,19 @@ impl Api {
         mut request: v1::ListVolumesRequest,
     ) -> ApiResult<v1::ListVolumesResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListVolumes", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("volume_ids", &request.volume_ids)?;
-        ids.iter().try_for_each(|id| check_id(id))?;
-        let filters = check::filters(&request.filters, &FILTERS)?;
+        let listing = Listing::new(&self.core, "ListVolumes", account, &request, page.as_ref())?
+            .ids("volume_ids", &request.volume_ids, check_id)?
+            .filters(&request.filters, &FILTERS)?;
         let tables = self.core.tables();
-        let missing: Vec<&str> =
-            ids.iter().map(String::as_str).filter(|id| find(&tables, account, id).is_err()).collect();
-        if !missing.is_empty() {
-            return Err(not_found(&missing));
-        }
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::Volume> = tables
             .volumes
             .iter()
-            .filter(|(id, spec)| spec.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
+            .filter(|(id, spec)| spec.account_id == account && listing.wants(id))
             .map(|(_, spec)| volumes::view(&self.core, &tables, spec))
-            .filter(|volume| filters.matches(|name| filter_values(volume, name)))
+            .filter(|volume| listing.matches(|name| filter_values(volume, name)))
             .collect();
-        let (volumes, page) = pager.collect(found.iter().map(|volume| (volume.volume_id.as_str(), volume.clone())));
+        let (volumes, page) = listing.page(&found, |volume| &volume.volume_id);
         Ok(v1::ListVolumesResponse { volumes, page })
     }
 
@@ -396,17 +391,19 @@ impl Api {
         mut request: v1::ListVolumeModificationsRequest,
     ) -> ApiResult<v1::ListVolumeModificationsResponse> {
         let page = request.page.take();
-        let pager = Pager::new(&self.core, "ListVolumeModifications", account, &request, page.as_ref())?;
-        let ids = check::optional_ids("volume_ids", &request.volume_ids)?;
+        let listing = Listing::new(&self.core, "ListVolumeModifications", account, &request, page.as_ref())?
+            .ids("volume_ids", &request.volume_ids, check_id)?
+            .filters(&request.filters, &modification::FILTERS)?;
         let tables = self.core.tables();
-        ids.iter().try_for_each(|id| find(&tables, account, id).map(|_| ()))?;
+        listing.all_known(|id| find(&tables, account, id).is_ok(), not_found)?;
         let found: Vec<v1::VolumeModification> = tables
             .volumes
             .iter()
-            .filter(|(id, spec)| spec.account_id == account && pager.wants(id) && (ids.is_empty() || ids.contains(id)))
-            .filter_map(|(_, spec)| volumes::view(&self.core, &tables, spec).modification)
+            .filter(|(id, spec)| spec.account_id == account && listing.wants(id))
+            .filter_map(|(_, spec)| modification::view(&tables, spec))
+            .filter(|found| listing.matches(|name| modification::filter_values(found, name)))
             .collect();
-        let (modifications, page) = pager.collect(found.iter().map(|found| (found.volume_id.as_str(), found.clone())));
+        let (modifications, page) = listing.page(&found, |found| &found.volume_id);
         Ok(v1::ListVolumeModificationsResponse { modifications, page })
     }
 }

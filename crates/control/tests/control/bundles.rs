@@ -24,7 +24,7 @@ impl User {
 
     async fn bundles(&mut self, ids: &[&str]) -> Result<Vec<v1::BundleTask>, tonic::Status> {
         let bundle_ids = ids.iter().map(|id| (*id).to_owned()).collect();
-        let request = v1::ListBundleTasksRequest { bundle_ids, page: None };
+        let request = v1::ListBundleTasksRequest { bundle_ids, ..Default::default() };
         Ok(self.images.list_bundle_tasks(request).await?.into_inner().tasks)
     }
 

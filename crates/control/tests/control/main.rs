@@ -27,6 +27,7 @@ mod placement;
 mod replace;
 mod snapshot_sets;
 mod snapshots;
+mod storage_lists;
 mod storm;
 mod transfers;
 mod volumes;

@@ -119,7 +119,7 @@ async fn an_image_is_stored_as_one_object_and_restored_from_it() {
     let done = until("stored", || {
         let (mut user, image) = (user.clone(), image.image_id.clone());
         async move {
-            let request = v1::ListStoreImageTasksRequest { image_ids: vec![image], page: None };
+            let request = v1::ListStoreImageTasksRequest { image_ids: vec![image], ..Default::default() };
             let tasks = user.images.list_store_image_tasks(request).await.unwrap().into_inner().tasks;
             tasks.into_iter().find(|task| task.state() == T::Completed)
         }
@@ -209,7 +209,7 @@ async fn a_restore_tells_how_far_it_is() {
         }
     }
     assert!(seen.iter().any(|progress| (1..100).contains(progress)) && seen.is_sorted(), "{seen:?}");
-    let list = |image: &str| v1::ListRestoreImageTasksRequest { image_ids: vec![image.into()], page: None };
+    let list = |image: &str| v1::ListRestoreImageTasksRequest { image_ids: vec![image.into()], ..Default::default() };
     let tasks = user.images.list_restore_image_tasks(list(&made.image_id)).await.unwrap().into_inner().tasks;
     let [task] = &tasks[..] else { panic!("{tasks:?}") };
     assert_eq!((task.state(), task.progress, task.object_key.as_str()), (T::Completed, 100, key.as_str()));
