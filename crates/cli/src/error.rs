@@ -153,6 +153,8 @@ impl ApiFailure {
             }
             "IncorrectImageState" | "InvalidAMIID.Unavailable" => "`hearth image list` shows states.",
             "VolumeLimitExceeded" => "delete volumes you no longer need, or ask the operator for a higher limit.",
+            "SnapshotLimitExceeded" => "delete snapshots you no longer need, or ask the operator for a higher limit.",
+            "ResourceLimitExceeded" => "deregister images you no longer need, or ask the operator for a higher limit.",
             "ConcurrentSnapshotLimitExceeded" => {
                 "wait until one of them is completed (`hearth snapshot list --filter status=pending`)."
             }

@@ -55,8 +55,14 @@ pub struct ControlConfig {
     pub object_store: Option<String>,
     /// How to reach it; [`crate::object_store_options`] makes them from the environment.
     pub object_store_options: hearth_snapshot::StoreOptions,
-    /// Most volumes that an account may have.
+    /// Most volumes that an account may have; 0 = as many as it likes, here and below.
     pub max_volumes_per_account: u32,
+    /// Most GiB that its volumes may have together.
+    pub max_volume_gib_per_account: u64,
+    /// Most snapshots that it may have, those of its images among them.
+    pub max_snapshots_per_account: u32,
+    /// Most images that it may have.
+    pub max_images_per_account: u32,
     /// Most instances that an account may have.
     pub max_instances_per_account: u32,
     /// Imports and exports going on at the same time.
@@ -96,6 +102,9 @@ impl ControlConfig {
             object_store: None,
             object_store_options: hearth_snapshot::StoreOptions::default(),
             max_volumes_per_account: 5000,
+            max_volume_gib_per_account: 0,
+            max_snapshots_per_account: 100_000,
+            max_images_per_account: 50_000,
             max_instances_per_account: 1000,
             max_concurrent_imports: 8,
             max_transfers_per_account: 4,

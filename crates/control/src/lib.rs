@@ -29,6 +29,7 @@ mod object_store_options;
 mod paging;
 mod pki;
 mod placement;
+mod quotas;
 mod reconcile;
 mod server;
 mod service;

@@ -35,6 +35,10 @@ pub fn control(settings: &Settings, default_address: IpAddr) -> Result<ControlCo
     set(&mut config.host_timeout, settings.host_timeout.map(|span| span.0));
     set(&mut config.tombstone_ttl, settings.tombstone_ttl.map(|span| span.0));
     set(&mut config.max_instances_per_account, settings.max_instances_per_account);
+    set(&mut config.max_volumes_per_account, settings.max_volumes_per_account);
+    set(&mut config.max_volume_gib_per_account, settings.max_volume_gib_per_account);
+    set(&mut config.max_snapshots_per_account, settings.max_snapshots_per_account);
+    set(&mut config.max_images_per_account, settings.max_images_per_account);
     set(&mut config.max_image_bytes, settings.max_image_bytes);
     config.object_store.clone_from(&settings.object_store);
     config.object_store_options = hearth_control::object_store_options(|name| std::env::var(name).ok())?;

@@ -275,6 +275,18 @@ settings! {
     /// Most instances of one account [default: 1000]
     #[arg(long, value_name = "COUNT", help_heading = "Control plane")]
     max_instances_per_account: Option<u32>,
+    /// Most volumes of one account, 0 = any number [default: 5000]
+    #[arg(long, value_name = "COUNT", help_heading = "Control plane")]
+    max_volumes_per_account: Option<u32>,
+    /// Most GiB of all volumes of one account, 0 = any number [default: 0]
+    #[arg(long, value_name = "GIB", help_heading = "Control plane")]
+    max_volume_gib_per_account: Option<u64>,
+    /// Most snapshots of one account, 0 = any number [default: 100000]
+    #[arg(long, value_name = "COUNT", help_heading = "Control plane")]
+    max_snapshots_per_account: Option<u32>,
+    /// Most images of one account, 0 = any number [default: 50000]
+    #[arg(long, value_name = "COUNT", help_heading = "Control plane")]
+    max_images_per_account: Option<u32>,
     /// Largest image and disk in it, in bytes [default: 2 TiB]
     #[arg(long, value_name = "BYTES", help_heading = "Control plane")]
     max_image_bytes: Option<u64>,

@@ -15,6 +15,7 @@ use crate::clock;
 use crate::core::{Commit, encode, id_value};
 use crate::keys;
 use crate::mappings::{self, Root};
+use crate::quotas::{self, Wanted};
 use crate::tables::{SCHEMA_VERSION, Tables};
 
 const MAX_DESCRIPTION_CHARS: usize = 1000;
@@ -135,6 +136,8 @@ impl Api {
                     return Ok(known);
                 }
                 let (spec, status, txn) = make(&tables)?;
+                let wanted = Wanted { images: 1, ..Wanted::default() };
+                let txn = quotas::check(&self.core.config, &tables, account, &wanted)?.apply(txn);
                 let txn = register_txn(&tables, txn, &spec, &status, token)?;
                 (spec, status, txn)
             };

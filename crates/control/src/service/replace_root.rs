@@ -20,7 +20,7 @@ use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::life;
 use crate::listing::Listing;
-use crate::storage::Storage;
+use crate::quotas::{self, Wanted};
 use crate::tables::{Tables, Versioned};
 use crate::volumes;
 
@@ -117,7 +117,7 @@ impl Api {
                     let (task, job) = find(&tables, account, ids.first().map_or("", String::as_str))?;
                     return Ok(view(task, job));
                 }
-                let (job, txn) = swap(&self.core.storage, &tables, account, &request)?;
+                let (job, txn) = swap(&self.core, &tables, account, &request)?;
                 let task = task::new(account, PREFIX, &token_text, Kind::ReplaceRoot(job))?;
                 let txn = txn.put(keys::task(account, &task.task_id), encode(&task));
                 let ids = std::slice::from_ref(&task.task_id);
@@ -157,7 +157,7 @@ impl Api {
 
 /// The new volume in the place of the old one.
 fn swap(
-    storage: &Storage,
+    core: &Core,
     tables: &Tables,
     account: &str,
     request: &v1::CreateReplaceRootVolumeTaskRequest,
@@ -192,7 +192,8 @@ fn swap(
     };
     let snapshot_id = base.snapshot_id.clone();
     let now_ms = clock::now_ms();
-    let new = volume::new_record(storage, account, &shape, Some(base), old.encrypted, now_ms)?;
+    let guard = quotas::check(&core.config, tables, account, &Wanted::volume(shape.size_bytes))?.apply(guard);
+    let new = volume::new_record(&core.storage, account, &shape, Some(base), old.encrypted, now_ms)?;
     let mut new = volumes::want_attached(&new, id, &slot.device_name, old.delete_on_termination, now_ms);
     new.availability_zone.clone_from(&old.availability_zone);
     let mut with = (*spec.value).clone();

@@ -42,8 +42,6 @@ struct Plan {
     max: usize,
     nics: u32,
     behavior: String,
-    /// Most volumes that the account may have.
-    volume_limit: usize,
 }
 
 /// Room and addresses that this call holds; given back when it ends, however that is. What was committed is in the tables by
@@ -111,9 +109,9 @@ fn plan(core: &Core, request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     }
     mappings::check(&request.block_device_mappings)?;
     // Per instance: its spec, its volumes, and each interface's address and MAC with a compare each; then token, image, its
-    // snapshots and hosts.
+    // snapshots, account and hosts.
     let volumes = 1 + request.block_device_mappings.len() + MOST_IMAGE_VOLUMES;
-    let most = (limits::MAX_TXN_OPS - 4 - volumes) / (2 + request.block_device_mappings.len() + 2 * nics as usize);
+    let most = (limits::MAX_TXN_OPS - 6 - volumes) / (2 + request.block_device_mappings.len() + 2 * nics as usize);
     if max > most {
         let message = format!(
             "is {max}; one call makes at most {most} instances with {nics} network interfaces: call again for more"
@@ -133,8 +131,7 @@ fn plan(core: &Core, request: v1::RunInstancesRequest) -> ApiResult<Plan> {
         check::text("placement.spread_group", &wish.spread_group, MAX_PLACEMENT_CHARS)?;
     }
     let behavior = behavior.to_owned();
-    let volume_limit = core.config.max_volumes_per_account as usize;
-    Ok(Plan { request, kind, min, max, nics, behavior, volume_limit })
+    Ok(Plan { request, kind, min, max, nics, behavior })
 }
 
 pub(crate) fn check_user_data(user_data: &[u8]) -> ApiResult<()> {
@@ -261,6 +258,9 @@ struct Parts {
     /// Size of the root disk, which is made of the image's bundle.
     bundle: Option<u64>,
     devices: PlannedDevices,
+    /// So many instances with their volumes the account may have.
+    most: usize,
+    quota: quotas::Guard,
     key_name: String,
     public_key: String,
 }
@@ -284,7 +284,7 @@ impl Parts {
     }
 }
 
-fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
+fn resolve(core: &Core, tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
     let request = &plan.request;
     let (spec, status) = image::find(tables, account, &request.image_id)?;
     let status = status.cloned().unwrap_or_default();
@@ -316,13 +316,8 @@ fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
         let message = format!("{disks} disks, at most {MAX_VOLUMES_PER_INSTANCE} fit into an instance");
         return Err(mappings::refused(message));
     }
-    let used = tables.volumes.values().filter(|spec| spec.account_id == account).count();
-    let most = plan.volume_limit;
-    if used + devices.volumes.len() * plan.min > most {
-        let wanted = devices.volumes.len() * plan.min;
-        let message = format!("the account has {used} volumes of at most {most}, {wanted} more were asked for");
-        return Err(ApiError::exhausted("VolumeLimitExceeded", message).with("limit", most));
-    }
+    let of_one = devices.volumes.iter().map(|volume| quotas::Wanted::volume(volume.shape.size_bytes)).sum();
+    let (most, quota) = quotas::fitting(&core.config, tables, account, of_one, (plan.min, plan.max))?;
     let (key_name, public_key) = match request.key_name.as_str() {
         "" => (String::new(), String::new()),
         name => key_pair::find(tables, account, name)
@@ -335,6 +330,8 @@ fn resolve(tables: &Tables, account: &str, plan: &Plan) -> ApiResult<Parts> {
         root_device_name,
         bundle,
         devices,
+        most,
+        quota,
         key_name,
         public_key,
     })
@@ -356,8 +353,8 @@ impl Api {
         let core = &self.core;
         let now_ms = clock::now_ms();
         let reservation = ReservationId::generate()?;
-        let parts = resolve(&core.tables(), account, plan)?;
-        let wanted = (0..plan.max)
+        let parts = resolve(core, &core.tables(), account, plan)?;
+        let wanted = (0..parts.most)
             .zip(0u32..)
             .map(|(_, index)| plan.spec(core, account, &reservation, index, now_ms, &parts))
             .collect::<ApiResult<Vec<_>>>()?;
@@ -368,6 +365,7 @@ impl Api {
             keys::image_spec(&parts.image.account_id, &parts.image.image_id),
             parts.image_revision,
         );
+        txn = parts.quota.apply(txn);
         for (host, revision) in hosts {
             // The host may have been drained or removed since.
             txn = txn.compare_mod_revision(keys::host_spec(&host), revision);

@@ -23,6 +23,7 @@ use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::listing::Listing;
+use crate::quotas::{self, Wanted};
 use crate::storage;
 use crate::tables::{SCHEMA_VERSION, SnapshotEntry, Tables, Versioned};
 use crate::volumes;
@@ -262,7 +263,9 @@ impl Api {
                     break;
                 }
                 let chosen = choose(&tables)?;
-                let mut txn = storage::guard_epoch(Txn::new(), &tables);
+                let wanted = Wanted::snapshots(chosen.len());
+                let guard = quotas::check(&self.core.config, &tables, &order.account, &wanted)?;
+                let mut txn = guard.apply(storage::guard_epoch(Txn::new(), &tables));
                 let mut specs = Vec::new();
                 for volume in &chosen {
                     check_volume(&tables, &self.core, volume)?;
@@ -525,7 +528,8 @@ impl Api {
                     ..Default::default()
                 };
                 let spec = new_record(&tables, &order, &volume)?;
-                let txn = source.guard(storage::guard_epoch(Txn::new(), &tables));
+                let guard = quotas::check(&self.core.config, &tables, &account, &Wanted::snapshots(1))?;
+                let txn = guard.apply(source.guard(storage::guard_epoch(Txn::new(), &tables)));
                 let txn = txn.put(keys::snapshot_spec(&account, &spec.snapshot_id), encode(&spec));
                 let ids = std::slice::from_ref(&spec.snapshot_id);
                 let txn = token.as_ref().map_or(txn.clone(), |token| token.record(txn, ids));

@@ -31,6 +31,7 @@ use crate::clock;
 use crate::core::{Commit, Core, encode};
 use crate::keys;
 use crate::mappings;
+use crate::quotas::{self, Wanted};
 use crate::storage;
 use crate::tables::{SCHEMA_VERSION, Tables};
 
@@ -221,7 +222,10 @@ impl Api {
         let name = if request.name.is_empty() { told.name.as_str() } else { request.name.as_str() };
         let spec = new_image(account, name, &told.description, &request.tags, &token_text)?;
         self.register(account, token.as_ref(), |tables| {
+            let wanted = Wanted::snapshots(archive.header().disks.len());
+            let guard = quotas::check(&self.core.config, tables, account, &wanted)?;
             let (spec, task, txn) = plan(tables, account, (&spec, &told), &archive, &object_key)?;
+            let txn = guard.apply(txn);
             let status = rec::ImageStatus {
                 schema_version: SCHEMA_VERSION,
                 state: v1::ImageState::Pending.into(),

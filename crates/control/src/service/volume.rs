@@ -23,6 +23,7 @@ use crate::keys;
 use crate::life;
 use crate::listing::Listing;
 use crate::modification;
+use crate::quotas::{self, Wanted};
 use crate::storage::{self, Storage};
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 use crate::volumes;
@@ -235,12 +236,6 @@ impl Api {
         token_text: &str,
         token: Option<&ClientToken>,
     ) -> ApiResult<(rec::VolumeSpec, Txn)> {
-        let used = tables.volumes.values().filter(|spec| spec.account_id == account).count();
-        let limit = self.core.config.max_volumes_per_account as usize;
-        if used >= limit {
-            let message = format!("the account has {used} volumes of at most {limit}");
-            return Err(ApiError::exhausted("VolumeLimitExceeded", message).with("limit", limit));
-        }
         let mut txn = Txn::new();
         let mut base = None;
         if !request.snapshot_id.is_empty() {
@@ -251,6 +246,7 @@ impl Api {
         let least = base.as_ref().map_or(0, |base| base.size_bytes);
         let shape =
             Shape::new(&request.volume_type, request.size_bytes, least, request.iops, request.throughput_mibps)?;
+        txn = quotas::check(&self.core.config, tables, account, &Wanted::volume(shape.size_bytes))?.apply(txn);
         let mut spec = new_record(&self.core.storage, account, &shape, base, request.encrypted, clock::now_ms())?;
         spec.availability_zone = storage::zone(tables, &request.availability_zone)?;
         spec.tags.clone_from(&request.tags);
@@ -353,8 +349,11 @@ impl Api {
                     return Err(error.with("volume_id", &spec.volume_id));
                 }
                 let mut new = modified(spec, &request)?;
+                let gib = |spec: &rec::VolumeSpec| spec.volume.as_ref().map_or(0, |v| v.size_bytes.div_ceil(GIB));
+                let growth = Wanted { volume_gib: gib(&new).saturating_sub(gib(spec)), ..Wanted::default() };
                 let key = keys::volume(account, &spec.volume_id);
                 let mut txn = Txn::new().compare_mod_revision(&key, spec.revision);
+                txn = quotas::check(&self.core.config, tables, account, &growth)?.apply(txn);
                 let mut told_generation = 0;
                 if let Some((instance, status)) = tables.instance(&spec.instance_id) {
                     let mut with = (*instance.value).clone();

@@ -24,6 +24,7 @@ mod modifications;
 mod moves;
 mod objects;
 mod placement;
+mod quotas;
 mod replace;
 mod snapshot_sets;
 mod snapshots;
