@@ -267,10 +267,12 @@ async fn images_are_registered_made_and_deregistered() {
     }
 
     bed.state().instances = vec![instance(1, "web", InstanceState::Running)];
-    let said = bed.run(&["image", "create", "web", "--name", "web-2", "--no-reboot", "--wait", "-o", "json"]).await;
+    let line = "image create web --name web-2 --no-reboot --snapshot-tag made-of=web --wait -o json";
+    let said = bed.run(&line.split(' ').collect::<Vec<_>>()).await;
     let made: serde_json::Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!((said.code, &made[0]["state"]), (0, &"available".into()), "{}", said.err);
     assert!(bed.state().images_created[0].no_reboot);
+    assert_eq!(bed.state().images_created[0].snapshot_tags[0].key, "made-of");
 
     let said = bed.run(&["image", "deregister", "ami-00000000000000009", "--delete-snapshots"]).await;
     assert_eq!((said.code, said.out.as_str()), (0, "ami-00000000000000009 is deregistered\n"));

@@ -50,6 +50,12 @@ pub(crate) fn tags(tags: &[v1::Tag]) -> ApiResult<()> {
     Ok(hearth_types::check_tags(tags.iter().map(|tag| (tag.key.as_str(), tag.value.as_str())))?)
 }
 
+/// Tags of a field that is not called `tags`.
+pub(crate) fn tags_of(field: &str, given: &[v1::Tag]) -> ApiResult<()> {
+    let checked = hearth_types::check_tags(given.iter().map(|tag| (tag.key.as_str(), tag.value.as_str())));
+    checked.map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
 /// Sorted, each id once. At least one.
 pub(crate) fn ids(field: &str, ids: &[String]) -> ApiResult<Vec<String>> {
     if ids.is_empty() {

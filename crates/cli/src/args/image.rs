@@ -67,6 +67,12 @@ Examples:
         /// Encrypt the copy's snapshots, and with them the disks of instances launched from it
         #[arg(long)]
         encrypted: bool,
+        /// Tag (several times)
+        #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
+        tags: Vec<types::Tag>,
+        /// Tag of the snapshots (several times)
+        #[arg(long = "snapshot-tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
+        snapshot_tags: Vec<types::Tag>,
         /// Makes repeating the same call harmless [default: a fresh one per call]
         #[arg(long, value_name = "TOKEN")]
         client_token: Option<String>,
@@ -147,6 +153,9 @@ Examples:
         /// Tag (several times)
         #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
         tags: Vec<types::Tag>,
+        /// Tag of the snapshots (several times)
+        #[arg(long = "snapshot-tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
+        snapshot_tags: Vec<types::Tag>,
         /// Makes repeating the same call harmless [default: a fresh one per call]
         #[arg(long, value_name = "TOKEN")]
         client_token: Option<String>,
@@ -321,6 +330,9 @@ pub struct CreateArgs {
     /// Tag (several times)
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
     pub tags: Vec<types::Tag>,
+    /// Tag of the snapshots (several times)
+    #[arg(long = "snapshot-tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
+    pub snapshot_tags: Vec<types::Tag>,
     /// Makes repeating the same call harmless [default: a fresh one per call]
     #[arg(long, value_name = "TOKEN")]
     pub client_token: Option<String>,

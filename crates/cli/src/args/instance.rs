@@ -211,6 +211,9 @@ pub struct RunArgs {
     /// Tag (several times)
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
     pub tags: Vec<types::Tag>,
+    /// Tag of the volumes that are made for it (several times)
+    #[arg(long = "volume-tag", value_name = "KEY=VALUE", value_parser = types::parse_tag)]
+    pub volume_tags: Vec<types::Tag>,
     /// Availability zone
     #[arg(long)]
     pub zone: Option<String>,

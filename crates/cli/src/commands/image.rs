@@ -76,17 +76,29 @@ pub async fn run(context: &Context, command: ImageCommand) -> Result<(), CliErro
                 no_reboot: args.no_reboot,
                 block_device_mappings: mapping::to_proto(client, &args.block_devices).await?,
                 tags: tags(&args.tags),
+                snapshot_tags: tags(&args.snapshot_tags),
                 client_token: client_token(args.client_token)?,
             };
             let image = client.unwrap(client.images().create_image(request).await)?;
             finish(context, image, args.wait).await
         }
-        ImageCommand::Copy { image, name, description, encrypted, client_token: token, wait } => {
+        ImageCommand::Copy {
+            image,
+            name,
+            description,
+            encrypted,
+            tags: given,
+            snapshot_tags,
+            client_token: token,
+            wait,
+        } => {
             let request = CopyImageRequest {
                 source_image_id: lookup::image(client, &image).await?,
                 name,
                 description,
                 encrypted,
+                tags: tags(&given),
+                snapshot_tags: tags(&snapshot_tags),
                 client_token: client_token(token)?,
             };
             let image = client.unwrap(client.images().copy_image(request).await)?;
@@ -135,11 +147,12 @@ pub async fn run(context: &Context, command: ImageCommand) -> Result<(), CliErro
             }
             output::print_done(&objects, "object_key", "is deleted", context.output)
         }
-        ImageCommand::Restore { object, name, tags: given, client_token: token, wait } => {
+        ImageCommand::Restore { object, name, tags: given, snapshot_tags, client_token: token, wait } => {
             let request = CreateRestoreImageTaskRequest {
                 object_key: object,
                 name,
                 tags: tags(&given),
+                snapshot_tags: tags(&snapshot_tags),
                 client_token: client_token(token)?,
             };
             let image = client.unwrap(client.images().create_restore_image_task(request).await)?;

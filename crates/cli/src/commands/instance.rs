@@ -171,6 +171,7 @@ async fn launch(context: &Context, args: RunArgs) -> Result<(), CliError> {
         user_data: user_data.into(),
         client_token,
         tags,
+        volume_tags: crate::client::tags(&args.volume_tags),
         placement: Some(placement),
         network_interface_count: args.network_interfaces,
         block_device_mappings,

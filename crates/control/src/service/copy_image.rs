@@ -37,7 +37,9 @@ impl Api {
         check::client_token(&token_text)?;
         let account = account.as_str();
         let token = ClientToken::new(account, "CopyImage", &token_text, &request);
-        let spec = new_image(account, &request.name, &request.description, &[], &token_text)?;
+        check::tags_of("snapshot_tags", &request.snapshot_tags)?;
+        let mut spec = new_image(account, &request.name, &request.description, &request.tags, &token_text)?;
+        spec.snapshot_tags.clone_from(&request.snapshot_tags);
         let made = self
             .register(account, token.as_ref(), |tables| {
                 let (source, status) = image::find(tables, account, &request.source_image_id)?;
@@ -103,7 +105,7 @@ impl Api {
                 continue;
             }
             let description = format!("Copied for {} from {}", spec.image_id, spec.source_image);
-            let order = snapshot::order(&spec.account_id, description, Vec::new(), String::new())?;
+            let order = snapshot::order(&spec.account_id, description, spec.snapshot_tags.clone(), String::new())?;
             let copied = self.copy_snapshot(order, &ebs.snapshot_id, spec.encrypt_copy, token_of(spec, index)).await;
             match copied {
                 Ok(copied) if copied.state() == v1::SnapshotState::Completed => {

@@ -46,7 +46,9 @@ impl Api {
         check::client_token(&token_text)?;
         let token = ClientToken::new(&account, "CreateImage", &token_text, &request);
         mappings::check(&request.block_device_mappings)?;
-        let spec = new_image(&account, &request.name, &request.description, &request.tags, &token_text)?;
+        check::tags_of("snapshot_tags", &request.snapshot_tags)?;
+        let mut spec = new_image(&account, &request.name, &request.description, &request.tags, &token_text)?;
+        spec.snapshot_tags.clone_from(&request.snapshot_tags);
         let made = self
             .register(&account, token.as_ref(), |tables| {
                 let (source, status) = instance::find(tables, &account, &request.instance_id)?;
@@ -207,7 +209,7 @@ impl Api {
             slots.into_iter().filter(kept).map(|slot| volumes::id_of(slot).to_owned()).collect()
         };
         let description = format!("Created by CreateImage({}) for {}", spec.source_instance, spec.image_id);
-        let order = snapshot::order(&spec.account_id, description, Vec::new(), String::new())?;
+        let order = snapshot::order(&spec.account_id, description, spec.snapshot_tags.clone(), String::new())?;
         self.make_snapshots(order, self.set_token(spec), |tables| {
             wanted.iter().map(|id| volume::find(tables, &spec.account_id, id).cloned()).collect()
         })

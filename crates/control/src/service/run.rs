@@ -121,6 +121,7 @@ fn plan(core: &Core, request: v1::RunInstancesRequest) -> ApiResult<Plan> {
     check_user_data(&request.user_data)?;
     check::client_token(&request.client_token)?;
     check::tags(&request.tags)?;
+    check::tags_of("volume_tags", &request.volume_tags)?;
     let behavior = match request.instance_initiated_shutdown_behavior.as_str() {
         "" => SHUTDOWN_STOP,
         other => check_shutdown_behavior(other)?,
@@ -220,7 +221,8 @@ impl Plan {
         };
         let volumes = parts.devices.volumes.iter().map(|planned| {
             let base = planned.source.as_ref().map(|source| source.base());
-            let new = volume::new_record(&core.storage, account, &planned.shape, base, planned.encrypted, now_ms)?;
+            let mut new = volume::new_record(&core.storage, account, &planned.shape, base, planned.encrypted, now_ms)?;
+            new.tags.clone_from(&self.request.volume_tags);
             let delete = planned.delete_on_termination;
             Ok(volumes::want_attached(&new, id.as_str(), &planned.device_name, delete, now_ms))
         });

@@ -220,7 +220,9 @@ impl Api {
         let archive = opened.map_err(|error| unreadable(&error))?;
         let told = read_attributes(&archive)?;
         let name = if request.name.is_empty() { told.name.as_str() } else { request.name.as_str() };
-        let spec = new_image(account, name, &told.description, &request.tags, &token_text)?;
+        check::tags_of("snapshot_tags", &request.snapshot_tags)?;
+        let mut spec = new_image(account, name, &told.description, &request.tags, &token_text)?;
+        spec.snapshot_tags.clone_from(&request.snapshot_tags);
         self.register(account, token.as_ref(), |tables| {
             let wanted = Wanted::snapshots(archive.header().disks.len());
             let guard = quotas::check(&self.core.config, tables, account, &wanted)?;
@@ -320,7 +322,12 @@ fn plan(
     let mut snapshots = Vec::new();
     for disk in &archive.header().disks {
         let description = format!("Restored for {} from {object_key}", spec.image_id);
-        let order = snapshot::order(account, description.chars().take(255).collect(), Vec::new(), String::new())?;
+        let order = snapshot::order(
+            account,
+            description.chars().take(255).collect(),
+            spec.snapshot_tags.clone(),
+            String::new(),
+        )?;
         let volume = rec::VolumeSpec {
             volume_id: snapshot::NO_VOLUME.to_owned(),
             volume: Some(v1::HostVolume { size_bytes: disk.size_bytes, ..Default::default() }),

@@ -30,5 +30,6 @@ mod snapshot_sets;
 mod snapshots;
 mod storage_lists;
 mod storm;
+mod tags;
 mod transfers;
 mod volumes;
