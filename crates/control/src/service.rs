@@ -12,6 +12,7 @@ pub(crate) mod attribute;
 pub(crate) mod bundle;
 pub(crate) mod console;
 pub(crate) mod copy_image;
+pub(crate) mod copy_snapshot;
 pub(crate) mod create_image;
 pub(crate) mod enroll;
 pub(crate) mod export;

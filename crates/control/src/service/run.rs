@@ -19,6 +19,7 @@ use crate::keys;
 use crate::life::{SHUTDOWN_STOP, SHUTDOWN_TERMINATE};
 use crate::mappings::{self, PlannedDevices, Root};
 use crate::placement::{self, HostKey, InstanceKey};
+use crate::quotas;
 use crate::tables::{SCHEMA_VERSION, Tables};
 use crate::volumes;
 

@@ -11,7 +11,6 @@ use hearth_types::SnapshotState;
 use super::snapshot_set::{Stored, is_being_made};
 use super::{snapshot, snapshot_set};
 use crate::api_error::ApiResult;
-use crate::clock;
 use crate::core::{Core, encode};
 use crate::keys;
 use crate::live::Departure;
