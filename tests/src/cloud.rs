@@ -1,5 +1,7 @@
 //! A whole cloud of built programs, in a network namespace of its own.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -40,6 +42,8 @@ pub struct Cloud {
     control: Option<Child>,
     agents: Vec<Option<Child>>,
     cgroup: String,
+    /// The network namespace that the test was started in.
+    outside: File,
 }
 
 /// Ends a process without giving it a chance.
@@ -105,10 +109,11 @@ impl Cloud {
 
     /// The same with a configuration file for the agents, whose text may name files in the cloud's folder.
     pub fn start_with(shape: Shape, settings: impl FnOnce(&Path) -> String) -> Self {
+        let outside = File::open("/proc/thread-self/ns/net").unwrap();
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
         let cgroup = format!("hearth-test-{}", std::process::id());
-        let mut cloud = Self { folder: scratch(), shape, control: None, agents: Vec::new(), cgroup };
+        let mut cloud = Self { folder: scratch(), shape, control: None, agents: Vec::new(), cgroup, outside };
         std::fs::write(cloud.path("agent.toml"), settings(cloud.folder.path())).unwrap();
         if let Shape::Hosts(_) = shape {
             ip("link add hosts type bridge forward_delay 0");
@@ -132,6 +137,32 @@ impl Cloud {
         }
         cloud.wait_for_hosts(hosts);
         cloud
+    }
+
+    /// Lets [`Shape::Hosts`] reach what can be reached from where the test was started, by a cable and behind its address.
+    pub fn connect_to_outside(&self) {
+        let outside = format!("/proc/{}/fd/{}", std::process::id(), self.outside.as_raw_fd());
+        let there = |script: &str| {
+            let mut command = Command::new("nsenter");
+            let status = command.arg(format!("--net={outside}")).args(["sh", "-ec", script]).status().unwrap();
+            assert!(status.success(), "{script}");
+        };
+        // Of an attempt before this one.
+        there("ip link delete test-hosts 2>/dev/null || true");
+        ip(&format!("link add outside type veth peer name test-hosts netns {outside}"));
+        ip("address add 10.99.1.2/30 dev outside");
+        ip("link set outside up");
+        there(
+            "ip address add 10.99.1.1/30 dev test-hosts
+             ip link set test-hosts up
+             ip route add 10.99.0.0/24 via 10.99.1.2
+             nft add table ip test-hosts
+             nft 'add chain ip test-hosts nat { type nat hook postrouting priority srcnat; }'
+             nft flush table ip test-hosts
+             nft 'add rule ip test-hosts nat ip saddr { 10.99.0.0/24, 10.99.1.0/30 } masquerade'",
+        );
+        ip("route add default via 10.99.1.1");
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     }
 
     /// Waits until that many hosts are connected.
@@ -225,7 +256,8 @@ impl Cloud {
             let address = format!("10.99.0.{}/24", host + 1);
             let script = format!(
                 "ip link set lo up; until ip link show eth0 >/dev/null 2>&1; do sleep 0.1; done; \
-                 ip address add {address} dev eth0; ip link set eth0 up; exec \"$@\""
+                 ip address add {address} dev eth0; ip link set eth0 up; ip route add default via 10.99.0.254; \
+                 exec \"$@\""
             );
             let mut command = Command::new("unshare");
             command.args(["-n", "sh", "-c", &script, "sh"]).arg(hearthd).arg("agent").args(flags);
