@@ -1,15 +1,19 @@
 //! An S3 server over a folder, with faults, latency and bandwidth by option: what tests and measurements run against where no real one
 //! is at hand. `cargo run --example s3-server -- --root /tmp/s3 --latency-ms 20 --mbit 1000 --fault-percent 5`
+#![allow(clippy::panic)]
 
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use std::fs::File;
+use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use support::{ACCESS_KEY, BUCKET, Line, SECRET_KEY, random_faults, serve};
+use support::{ACCESS_KEY, BUCKET, Line, Note, SECRET_KEY, random_faults, serve};
 
 #[derive(Parser)]
 struct Options {
@@ -31,6 +35,19 @@ struct Options {
     /// Chooses which.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// File that gets a line for each answer: method, path, status, bytes of its body.
+    #[arg(long)]
+    log: Option<PathBuf>,
+}
+
+fn note(log: Option<&Path>) -> Note {
+    let Some(path) = log else { return Line::default().note };
+    let log =
+        File::options().create(true).append(true).open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    Arc::new(move |method, path, status, bytes| {
+        let line = format!("{method} {path} {} {bytes}\n", status.as_u16());
+        (&log).write_all(line.as_bytes()).unwrap_or_else(|e| panic!("writing the log: {e}"));
+    })
 }
 
 #[tokio::main]
@@ -40,6 +57,7 @@ async fn main() {
         plan: random_faults(options.seed, options.fault_percent),
         latency: Duration::from_millis(options.latency_ms),
         bits_per_second: options.mbit * 1_000_000,
+        note: note(options.log.as_deref()),
     };
     let server = serve(&options.root, options.listen, line, None).await;
     println!("http://{} bucket {BUCKET}, access key {ACCESS_KEY}, secret {SECRET_KEY}", server.address);

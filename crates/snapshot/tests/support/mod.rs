@@ -52,6 +52,9 @@ pub enum Fault {
     Slow(Duration),
 }
 
+/// Learns of each answer: method, path, status and how many bytes its body has.
+pub type Note = Arc<dyn Fn(&Method, &str, StatusCode, usize) + Send + Sync>;
+
 /// Chooses the fault of a request by its number, method and path.
 pub type Plan = Arc<dyn Fn(u64, &Method, &str) -> Fault + Send + Sync>;
 
@@ -63,11 +66,17 @@ pub struct Line {
     pub latency: Duration,
     /// Bits per second of all connections together; 0 = unlimited.
     pub bits_per_second: u64,
+    pub note: Note,
 }
 
 impl Default for Line {
     fn default() -> Self {
-        Self { plan: Arc::new(|_, _, _| Fault::None), latency: Duration::ZERO, bits_per_second: 0 }
+        Self {
+            plan: Arc::new(|_, _, _| Fault::None),
+            latency: Duration::ZERO,
+            bits_per_second: 0,
+            note: Arc::new(|_, _, _, _| ()),
+        }
     }
 }
 
@@ -143,6 +152,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Answer {
         shared.faults.fetch_add(1, Ordering::SeqCst);
     }
     let (head, body) = request.into_parts();
+    let (method, path) = (head.method.clone(), head.uri.path().to_owned());
     let body = body.collect().await?.to_bytes();
     let sent = body.len() as u64;
     let refused = |status: StatusCode, code: &str| {
@@ -174,6 +184,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Answer {
         _ => {}
     }
     shared.delay(sent + body.len() as u64).await;
+    (shared.line.note)(&method, &path, head.status, body.len());
     let reply = match fault {
         Fault::Torn if body.len() > 1 => {
             head.headers.insert(http::header::CONTENT_LENGTH, body.len().into());
