@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 
 use super::keyring::KeyError;
 use super::presence::Presence;
@@ -25,8 +26,12 @@ const PARALLEL: usize = 32;
 /// Pauses between tries while the object store does not answer.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
-/// How long after its first use the reads of a base belong to the launch.
+/// The reads of a base belong to the launch until nobody has waited for another chunk for this long,
+const QUIET: Duration = Duration::from_secs(15);
+/// and at most this long after its first use.
 const NOTED_FOR: Duration = Duration::from_secs(120);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Why a base cannot be used.
 #[derive(Debug, Error)]
@@ -180,9 +185,13 @@ struct Wanted {
     known: HashSet<u64>,
     /// Being fetched.
     taken: HashSet<u64>,
+    /// Somebody waits for them.
+    hurried: HashSet<u64>,
     /// What somebody waited for, in order, while that is of interest: the working set of a launch.
     touched: Option<Vec<u32>>,
     touched_once: HashSet<u32>,
+    /// When somebody last asked for a chunk that was not here.
+    asked_last: Option<Instant>,
 }
 
 impl Wanted {
@@ -199,6 +208,7 @@ impl Wanted {
     fn done(&mut self, chunk: u64) {
         self.known.remove(&chunk);
         self.taken.remove(&chunk);
+        self.hurried.remove(&chunk);
     }
 }
 
@@ -230,6 +240,9 @@ impl Content {
             return;
         }
         let mut wanted = self.wanted.lock();
+        if urgent {
+            wanted.asked_last = Some(Instant::now());
+        }
         let Wanted { touched, touched_once, .. } = &mut *wanted;
         if urgent
             && let (Some(touched), Ok(chunk)) = (touched, u32::try_from(chunk))
@@ -237,11 +250,14 @@ impl Content {
         {
             touched.push(chunk);
         }
-        if wanted.known.insert(chunk) {
-            if urgent { wanted.urgent.push_back(chunk) } else { wanted.ahead.push_back(chunk) }
-        } else if urgent && !wanted.taken.contains(&chunk) {
-            // Somebody waits for it now. It stands in the other queue as well, and is passed over there.
-            wanted.urgent.push_back(chunk);
+        let new = wanted.known.insert(chunk);
+        if urgent {
+            // It may stand in the other queue as well, and is passed over there.
+            if wanted.hurried.insert(chunk) && !wanted.taken.contains(&chunk) {
+                wanted.urgent.push_back(chunk);
+            }
+        } else if new {
+            wanted.ahead.push_back(chunk);
         }
         drop(wanted);
         self.asked.notify_one();
@@ -287,7 +303,7 @@ impl Content {
         let pause = Duration::from_secs_f64(CHUNK_BYTES as f64 / bytes_per_second.max(1) as f64);
         let missing: Vec<u64> = self.manifest.chunks().filter(|chunk| !self.presence.has(*chunk)).collect();
         for chunk in missing {
-            let begun = tokio::time::Instant::now();
+            let begun = Instant::now();
             self.bring_quietly(chunk).await;
             tokio::time::sleep_until(begun + pause).await;
         }
@@ -317,7 +333,10 @@ impl Content {
             Ok(None) => {}
             Err(error) => return tracing::debug!(snapshot = %self.manifest.id(), %error, "reading a prefetch list"),
         }
-        tokio::time::sleep(NOTED_FOR).await;
+        let end = Instant::now() + NOTED_FOR;
+        while Instant::now() < end && !self.is_quiet() {
+            tokio::time::sleep(LOOK).await;
+        }
         let touched = self.wanted.lock().touched.take().unwrap_or_default();
         if touched.is_empty() {
             return;
@@ -328,6 +347,12 @@ impl Content {
             }
             Err(error) => tracing::debug!(snapshot = %self.manifest.id(), %error, "storing a prefetch list"),
         }
+    }
+
+    /// Somebody has waited for chunks, all of them are here, and nobody has for a while.
+    fn is_quiet(&self) -> bool {
+        let wanted = self.wanted.lock();
+        wanted.known.is_empty() && wanted.asked_last.is_some_and(|last| last.elapsed() >= QUIET)
     }
 
     async fn run(self: Arc<Self>) {

@@ -172,15 +172,21 @@ async fn what_the_first_launch_reads_is_fetched_ahead_by_later_ones() {
     let (store, wanted) = store(64).await;
     let first = host(&store, "a", &folder.path().join("first"), 0);
     let base = first.get(&wanted).await.unwrap();
-    for chunk in [40, 2, 17] {
-        base.ensure(chunk).await;
-    }
+    base.ensure(40).await;
     base.want(50, false);
-    tokio::time::sleep(NOTED_FOR * 2).await;
+    tokio::time::sleep(QUIET - LOOK).await;
+    base.ensure(2).await;
+    // A launch that waits for the object store is not over.
+    store.down.store(true, Ordering::SeqCst);
+    assert!(tokio::time::timeout(QUIET * 3, base.ensure(17)).await.is_err());
+    store.down.store(false, Ordering::SeqCst);
+    base.ensure(17).await;
+    let key = SnapshotKey::new(SNAPSHOT).unwrap();
+    assert_eq!(load_prefetch(&*store, &key).await.unwrap(), None);
+    tokio::time::sleep(QUIET + LOOK * 2).await;
     // Read ahead, or later: no part of it.
     base.ensure(60).await;
     tokio::time::sleep(NOTED_FOR * 2).await;
-    let key = SnapshotKey::new(SNAPSHOT).unwrap();
     assert_eq!(load_prefetch(&*store, &key).await.unwrap(), Some(vec![40, 2, 17]));
 
     store.chunks.store(0, Ordering::SeqCst);
@@ -347,4 +353,27 @@ async fn the_longest_unused_base_goes_first_and_a_damaged_map_keeps_all() {
     let left = || std::fs::read_dir(layout.bases()).unwrap().count();
     assert_eq!(bases.evict(|| left() > 2).unwrap().bases, 2);
     assert!(layout.base("new").exists() && layout.base(&wanted.root).exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_never_stops_reading_is_noted_for_two_minutes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, wanted) = store(64).await;
+    let base = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
+    let began = Instant::now();
+    let chunks = (0..64).filter(|chunk| chunk % 4 != 3);
+    let mut before = Vec::new();
+    for chunk in chunks {
+        if began.elapsed() < NOTED_FOR {
+            before.push(chunk as u32);
+        }
+        base.ensure(chunk).await;
+        tokio::time::sleep(QUIET / 3).await;
+    }
+    let key = SnapshotKey::new(SNAPSHOT).unwrap();
+    let noted = load_prefetch(&*store, &key).await.unwrap().expect("nothing was noted");
+    // The last one may have come in the second in which the end was found.
+    assert!(
+        before.len() < 48 && noted.len().abs_diff(before.len()) <= 1 && before.starts_with(&noted[..before.len() - 1])
+    );
 }
