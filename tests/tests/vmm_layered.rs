@@ -267,7 +267,8 @@ fn two_disks_are_frozen_at_one_instant_while_the_guest_writes() {
         let spec =
             |n: usize| FreezeSpec { serial: disks[n].serial.clone(), stage: 2 * n as u8, staged: 2 * n as u8 + 1 };
         let command = Command::Freeze { disks: vec![spec(0), spec(1)] };
-        let Outcome::Frozen { chunks } = vmm.client.call(command, &fds, PATIENCE).unwrap() else { panic!() };
+        let Outcome::Frozen { chunks, held_us } = vmm.client.call(command, &fds, PATIENCE).unwrap() else { panic!() };
+        assert!(held_us > 0);
         let views = staged.each_ref().map(|file| StagedView::open(file.try_clone().unwrap()).unwrap());
         assert_eq!(chunks, views.each_ref().map(|view| view.frozen().len()));
         assert!(chunks.iter().all(|count| *count > 0), "round {round}: {chunks:?}");

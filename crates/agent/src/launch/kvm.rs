@@ -140,7 +140,10 @@ impl DiskControl for Disks {
         };
         let disks = disks.into_iter().map(add).collect();
         match self.0.call(Command::Freeze { disks }, fds.0, FREEZE).await? {
-            Outcome::Frozen { chunks } => Ok(chunks),
+            Outcome::Frozen { chunks, held_us } => {
+                tracing::info!(frozen_chunks = chunks.iter().sum::<u64>(), held_us, "writes were held for a snapshot");
+                Ok(chunks)
+            }
             other => Err(LaunchError::Vmm(format!("unexpected answer {other:?}"))),
         }
     }

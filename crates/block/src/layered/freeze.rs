@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
 use crate::BlockError;
 use crate::map::CHUNK_BYTES;
@@ -101,8 +102,8 @@ pub(crate) struct Freeze {
     pub(crate) state: FreezeState,
     /// Number of the last preparation: one that was called off must not go on as part of the next.
     pub(crate) attempt: u64,
-    /// New writes wait.
-    pub(crate) gate: bool,
+    /// New writes wait, since then.
+    pub(crate) gate: Option<Instant>,
     pub(crate) frozen: FrozenSet,
     pub(crate) staged: FrozenSet,
     /// Chunks being copied.
@@ -134,7 +135,7 @@ impl Freeze {
     pub(crate) fn abandon(&mut self, errno: i32) {
         if self.state != FreezeState::Frozen {
             self.state = FreezeState::Idle;
-            self.gate = false;
+            self.gate = None;
             self.error = Some(errno);
         }
     }

@@ -1,5 +1,7 @@
 //! The volume's own work: flush runs, chunk copies and the preparation of a freeze.
 
+use std::time::Instant;
+
 use super::core::{COPIES_MAX, Core};
 use super::freeze::{BROKEN_AT, FreezeState, staged_at};
 use super::op::{FileId, Kind, PrepareStep, Purpose};
@@ -407,7 +409,7 @@ impl Core {
                 self.shared.prepared.notify();
             }
             (Some(Ok(())), PrepareStep::Flush) => {
-                coord.freeze.gate = true;
+                coord.freeze.gate = Some(Instant::now());
                 self.prepare_step(index, PrepareStep::Drain, coord);
             }
             (Some(Ok(())), _) => {

@@ -267,6 +267,11 @@ impl LayeredVolume {
         self.shared.coord().freeze.state
     }
 
+    /// Since when a preparation has held writes back; `None` when it does not.
+    pub fn writes_held_since(&self) -> Option<Instant> {
+        self.shared.coord().freeze.gate
+    }
+
     /// Blocks until a preparation ended or time is up. Not for the thread of one of the volume's queues.
     pub fn wait_prepared(&self, timeout: Duration) -> FreezeState {
         let deadline = Instant::now() + timeout;

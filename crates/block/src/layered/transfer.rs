@@ -58,7 +58,7 @@ impl Core {
             if in_flight >= PIECES_MAX {
                 return;
             }
-            if coord.freeze.gate {
+            if coord.freeze.gate.is_some() {
                 return self.block(index, coord);
             }
             let stop = coord.freeze.free_until(next, end);

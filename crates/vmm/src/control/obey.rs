@@ -82,7 +82,9 @@ impl Server {
                 FREEZE_TICK_MS
             }
             Ok(result) => {
-                let outcome = result.map(|chunks| Outcome::Frozen { chunks }).map_err(|e| e.to_string());
+                let outcome = result
+                    .map(|(chunks, held)| Outcome::Frozen { chunks, held_us: held.as_micros() as u64 })
+                    .map_err(|e| e.to_string());
                 self.send(&Message::Reply(Reply { id, outcome }));
                 -1
             }

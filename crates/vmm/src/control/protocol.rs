@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Refused when the two sides differ: both are installed together, only a re-adopted VMM can be older than its agent.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// File descriptor number at which the VMM inherits its listening control socket.
 pub const CONTROL_LISTENER_FD: i32 = 3;
@@ -327,6 +327,8 @@ pub enum Outcome {
     Frozen {
         /// Number of frozen chunks per disk, in the order of the command.
         chunks: Vec<u64>,
+        /// How long writes waited for it, in microseconds, on the disk where that was longest.
+        held_us: u64,
     },
 }
 

@@ -118,9 +118,9 @@ impl Freezing {
         self.disks.iter().for_each(|disk| disk.volume.freeze_cancel());
     }
 
-    /// Fixes the point in time if all disks are ready: their numbers of frozen chunks, or why there is no freeze. `Err` gives
-    /// itself back while writes are still in flight.
-    pub fn proceed(self) -> Result<Result<Vec<u64>, MachineError>, Self> {
+    /// Fixes the point in time if all disks are ready: their numbers of frozen chunks and the longest time for which writes of one
+    /// of them were held, or why there is no freeze. `Err` gives itself back while writes are still in flight.
+    pub fn proceed(self) -> Result<Result<(Vec<u64>, Duration), MachineError>, Self> {
         let waiting = self.disks.iter().find(|disk| disk.volume.freeze_state() == FreezeState::Preparing);
         match waiting {
             Some(_) if Instant::now() < self.deadline => return Err(self),
@@ -132,6 +132,7 @@ impl Freezing {
             }
             None => {}
         }
+        let held = self.disks.iter().filter_map(|disk| disk.volume.writes_held_since()).min();
         // No disk takes a write between the first of these and the last.
         let mut frozen: Vec<Arc<LayeredVolume>> = Vec::new();
         let mut counts = Vec::new();
@@ -152,7 +153,9 @@ impl Freezing {
                 }
             }
         }
-        let Some(error) = failed else { return Ok(Ok(counts)) };
+        let Some(error) = failed else {
+            return Ok(Ok((counts, held.map(|since| since.elapsed()).unwrap_or_default())));
+        };
         frozen.iter().for_each(|volume| volume.thaw(true));
         Ok(Err(error))
     }

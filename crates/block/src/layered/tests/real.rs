@@ -303,8 +303,10 @@ fn a_snapshot_is_the_volume_at_its_instant() {
         queue.kick().unwrap();
         queue.drain(&mut |_| panic!("a write during the preparation")).unwrap();
         let (stage, staged) = files.stage();
-        let set = volume.freeze(stage).unwrap();
-        assert_eq!(set.iter().collect::<Vec<_>>(), [0, 2]);
+        let (held, set) = (volume.writes_held_since(), volume.freeze(stage).unwrap());
+        assert!(
+            set.iter().eq([0, 2]) && held.is_some_and(|held| held >= began) && volume.writes_held_since().is_none()
+        );
         wait(queue, "the write").result.unwrap();
         let view = staged.view();
         assert!(view.is_staged(0).unwrap() && !view.is_staged(2).unwrap() && *view.frozen() == set);
