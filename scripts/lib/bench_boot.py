@@ -4,7 +4,6 @@ Only ratios within one run mean anything: VMMs take turns, so that drift of the 
 """
 
 import argparse
-import gzip
 import json
 import os
 import pathlib
@@ -13,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+import bench_guest
 
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc none /proc
@@ -26,41 +27,16 @@ case "$line" in *bench.off*) /bin/busybox poweroff -f ;; esac
 
 
 def prepare(work):
-    """Extracts the stock kernel's vmlinux and packs the initrd and an empty disk."""
+    """The stock kernel's vmlinux, an initrd and an empty disk."""
     work.mkdir(parents=True, exist_ok=True)
-    images = sorted(pathlib.Path("/boot").glob("vmlinuz-*-cloud-amd64"), key=lambda p: os.stat(p).st_mtime)
-    if not images:
-        sys.exit("bench: no /boot/vmlinuz-*-cloud-amd64: install linux-image-cloud-amd64")
-    image = images[-1].read_bytes()
-    vmlinux = work / "vmlinux"
-    magics = {b"\x02\x21\x4c\x18": ["lz4", "-dc"], b"\x1f\x8b\x08": ["gzip", "-dc"], b"\xfd7zXZ": ["xz", "-dc"],
-              b"\x28\xb5\x2f\xfd": ["zstd", "-dc"]}
-    for magic, command in magics.items():
-        at = image.find(magic)
-        while at >= 0:
-            out = subprocess.run(command, input=image[at:], capture_output=True, check=False).stdout
-            if out[:4] == b"\x7fELF":
-                vmlinux.write_bytes(out)
-                break
-            at = image.find(magic, at + 1)
-        else:
-            continue
-        break
-    else:
-        sys.exit(f"bench: no vmlinux found inside {images[-1]}")
+    bench_guest.extract_vmlinux(work / "vmlinux")
     tree = work / "initrd-tree"
-    for folder in ("bin", "proc", "dev"):
-        (tree / folder).mkdir(parents=True, exist_ok=True)
+    bench_guest.make_folders(tree, ("bin", "proc"))
     (tree / "bin/busybox").write_bytes(pathlib.Path("/bin/busybox").read_bytes())
     (tree / "bin/busybox").chmod(0o755)
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
-    if not (tree / "dev/console").exists():
-        os.mknod(tree / "dev/console", 0o600 | 0o020000, os.makedev(5, 1))
-    names = sorted(str(p.relative_to(tree)) for p in tree.rglob("*"))
-    archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input="\n".join(names).encode(),
-                             capture_output=True, check=True).stdout
-    (work / "initrd").write_bytes(gzip.compress(archive, 1, mtime=0))
+    bench_guest.pack_initrd(tree, work / "initrd")
     with open(work / "disk.raw", "wb") as disk:
         disk.truncate(256 << 20)
 

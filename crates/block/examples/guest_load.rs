@@ -1,0 +1,201 @@
+//! What the storage benchmarks run inside a guest: loads on a disk, and a watch on which disks the kernel has. Linked statically, so
+//! that it can be all there is in an initrd.
+//!
+//! `guest_load load read|write DEPTH SECONDS DEVICE [MIB]`: 4 KiB at random with `O_DIRECT` and io_uring, in the first MIB of the
+//! disk (default: all of it). Says `BENCH-BEGIN` when it begins and `BENCH-END` when it ends, then what it found.
+//!
+//! `guest_load watch`: says `BENCH-DISK add NAME` and `BENCH-DISK remove NAME` when the kernel does.
+//!
+//! As the first process of an initrd it mounts what is needed, loads `/modules/*.ko` in the order of their names,
+//! watches, says `BENCH-READY`, and obeys lines on the console (`load …` as above, `off`).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode};
+
+const BLOCK: usize = 4096;
+
+fn main() {
+    let words: Vec<String> = std::env::args().collect();
+    match words.get(1).map(String::as_str) {
+        Some("load") => load(&words[2..]),
+        Some("watch") => tell_disks(uevents()),
+        _ if std::process::id() == 1 => init(),
+        _ => panic!("guest_load load|watch"),
+    }
+}
+
+/// One line, whole, whoever else writes to the console.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(format!("{text}\n").as_bytes()).and_then(|()| out.flush()).unwrap();
+}
+
+fn load(words: &[String]) {
+    let (write, depth, seconds) = (words[0] == "write", words[1].parse().unwrap(), words[2].parse().unwrap());
+    let flags = libc::O_DIRECT;
+    let mut file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(&words[3]).unwrap();
+    let mut bytes = file.seek(SeekFrom::End(0)).unwrap();
+    if let Some(mib) = words.get(4) {
+        bytes = bytes.min(mib.parse::<u64>().unwrap() << 20);
+    }
+    let mut worker = Worker::new(&file, write, depth, bytes / BLOCK as u64);
+    // Everything is warm before it counts.
+    worker.run(Duration::from_millis(300));
+    say("BENCH-BEGIN");
+    let (mut waits, elapsed) = worker.run(Duration::from_secs_f64(seconds));
+    say("BENCH-END");
+    waits.sort_unstable();
+    let at = |part: f64| waits.get((waits.len() as f64 * part) as usize).copied().unwrap_or(0);
+    say(&format!(
+        "BENCH-FOUND operations={} seconds={:.3} p50_us={} p99_us={} max_us={}",
+        waits.len(),
+        elapsed.as_secs_f64(),
+        at(0.5),
+        at(0.99),
+        waits.last().copied().unwrap_or(0)
+    ));
+}
+
+struct Worker {
+    ring: IoUring,
+    buffers: Vec<&'static mut [u8]>,
+    began: Vec<Instant>,
+    write: bool,
+    blocks: u64,
+    random: u64,
+}
+
+impl Worker {
+    fn new(file: &File, write: bool, depth: usize, blocks: u64) -> Self {
+        let ring = IoUring::new(depth.max(8) as u32).unwrap();
+        ring.submitter().register_files(&[file.as_raw_fd()]).unwrap();
+        let all = Box::leak(vec![0x5A; (depth + 1) * BLOCK].into_boxed_slice());
+        let skip = all.as_ptr().align_offset(BLOCK);
+        let buffers: Vec<_> = all[skip..].chunks_exact_mut(BLOCK).take(depth).collect();
+        let mut worker =
+            Self { ring, began: vec![Instant::now(); depth], buffers, write, blocks, random: 0x9e37_79b9_7f4a_7c15 };
+        // Content that does not compress.
+        for slot in 0..depth {
+            for at in (0..BLOCK).step_by(8) {
+                let word = worker.next().to_le_bytes();
+                worker.buffers[slot][at..at + 8].copy_from_slice(&word);
+            }
+        }
+        worker
+    }
+
+    fn next(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// Microseconds that each operation took, and how long all of them.
+    fn run(&mut self, time: Duration) -> (Vec<u32>, Duration) {
+        let mut waits = Vec::with_capacity(1 << 16);
+        let mut free: Vec<usize> = (0..self.buffers.len()).collect();
+        let began = Instant::now();
+        loop {
+            while began.elapsed() < time
+                && let Some(slot) = free.pop()
+            {
+                let offset = self.next() % self.blocks * BLOCK as u64;
+                // Each write is another one.
+                self.buffers[slot][..8].copy_from_slice(&offset.to_le_bytes());
+                let memory = self.buffers[slot].as_mut_ptr();
+                let entry = if self.write {
+                    opcode::Write::new(Fixed(0), memory, BLOCK as u32).offset(offset).build()
+                } else {
+                    opcode::Read::new(Fixed(0), memory, BLOCK as u32).offset(offset).build()
+                };
+                self.began[slot] = Instant::now();
+                // SAFETY: the buffers are never freed.
+                unsafe { self.ring.submission().push(&entry.user_data(slot as u64)).unwrap() };
+            }
+            if free.len() == self.buffers.len() {
+                return (waits, began.elapsed());
+            }
+            self.ring.submit_and_wait(1).unwrap();
+            for entry in self.ring.completion() {
+                assert_eq!(entry.result(), BLOCK as i32, "an operation failed");
+                let slot = entry.user_data() as usize;
+                waits.push(self.began[slot].elapsed().as_micros() as u32);
+                free.push(slot);
+            }
+        }
+    }
+}
+
+fn init() {
+    let mount = |kind: &str, to: &str| {
+        let (kind, to) = (std::ffi::CString::new(kind).unwrap(), std::ffi::CString::new(to).unwrap());
+        // SAFETY: all three are strings that end with NUL; there are no options.
+        unsafe { libc::mount(kind.as_ptr(), to.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    };
+    mount("devtmpfs", "/dev");
+    mount("proc", "/proc");
+    mount("sysfs", "/sys");
+    let mut modules: Vec<_> = std::fs::read_dir("/modules").unwrap().map(|entry| entry.unwrap().path()).collect();
+    modules.sort();
+    // Before drivers find disks.
+    let socket = uevents();
+    std::thread::spawn(move || tell_disks(socket));
+    for module in modules {
+        let file = File::open(&module).unwrap();
+        // SAFETY: a descriptor and an empty string that ends with NUL.
+        let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+        assert_eq!(result, 0, "{}: {}", module.display(), std::io::Error::last_os_error());
+    }
+    say("BENCH-READY");
+    for line in std::io::stdin().lock().lines() {
+        let words: Vec<String> = line.unwrap().split_whitespace().map(str::to_owned).collect();
+        match words.first().map(String::as_str) {
+            Some("load") => load(&words[1..]),
+            Some("off") => break,
+            _ => {}
+        }
+    }
+    // SAFETY: no pointers.
+    unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+}
+
+/// A socket with the kernel's news of devices.
+fn uevents() -> i32 {
+    // SAFETY: no pointers but to one address that lives long enough.
+    unsafe {
+        let socket = libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM, libc::NETLINK_KOBJECT_UEVENT);
+        assert!(socket >= 0);
+        let mut address: libc::sockaddr_nl = std::mem::zeroed();
+        address.nl_family = libc::AF_NETLINK as u16;
+        address.nl_groups = 1;
+        let length = size_of::<libc::sockaddr_nl>() as u32;
+        assert_eq!(libc::bind(socket, (&raw const address).cast(), length), 0);
+        socket
+    }
+}
+
+fn tell_disks(socket: i32) -> ! {
+    let mut buffer = [0u8; 8192];
+    loop {
+        // SAFETY: the buffer is as long as it says.
+        let length = unsafe { libc::recv(socket, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        let Some(message) = usize::try_from(length).ok().and_then(|length| buffer.get(..length)) else { continue };
+        // "add@/devices/…/block/vda", then variables.
+        let head = message.split(|byte| *byte == 0).next().unwrap_or_default();
+        let head = String::from_utf8_lossy(head);
+        if let (Some((action @ ("add" | "remove"), _)), Some((_, name))) =
+            (head.split_once('@'), head.split_once("/block/"))
+            && !name.contains('/')
+        {
+            say(&format!("BENCH-DISK {action} {name}"));
+        }
+    }
+}
