@@ -118,7 +118,7 @@ fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError>
 }
 
 /// Reads and checks a map.
-fn open_map(
+pub(crate) fn open_map(
     map: &dyn Storage,
     data: &dyn Storage,
     generation: u64,
@@ -136,11 +136,14 @@ fn open_map(
         return Err(BlockError::BaseMissing);
     }
     let mut bits = map::load(map, &header, extent.unwrap_or_default())?;
+    // A killed process may have left both in the page cache only. LOCAL bits read from there are never written again, so
+    // they must be made durable now, after the data they stand for.
     if !header.clean {
-        // A killed process may have left both in the page cache only. LOCAL bits read from there are never written again, so
-        // they must be made durable now, after the data they stand for.
         data.sync().map_err(BlockError::Sync)?;
-        map.sync().map_err(BlockError::Sync)?;
+    }
+    map.sync().map_err(BlockError::Sync)?;
+    map::even_out(map, &header)?;
+    if !header.clean {
         replay(map, data, &header, &mut bits)?;
         bits.distrust_dirty();
     }

@@ -140,6 +140,21 @@ pub(super) fn write_first_header(file: &dyn Storage, header: &mut Header) -> Res
     file.sync().map_err(MapError::io("make durable the header of"))
 }
 
+/// Makes both copies what [`read_header`] found, which must be durable. A crash between the two writes of a change leaves the second
+/// one as it was before; once the change was acted upon, that one must not be what counts when the next change damages the first.
+pub(crate) fn even_out(file: &dyn Storage, header: &Header) -> Result<(), MapError> {
+    let right = header.encode();
+    for copy in 0..2u64 {
+        let mut page = [0u8; PAGE];
+        file.read_at(&mut page, copy * PAGE as u64).map_err(MapError::io("read the header of"))?;
+        if page != right {
+            file.write_at(&right, copy * PAGE as u64).map_err(MapError::io("write the header of"))?;
+            file.sync().map_err(MapError::io("make durable the header of"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes both copies with the next sequence number; durable on return.
 pub(crate) fn write_header(file: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
     header.sequence = header.sequence.wrapping_add(1);

@@ -21,7 +21,7 @@ pub use error::MapError;
 pub use extent::Extent;
 pub use format::{BLOCK_BYTES, CHUNK_BYTES};
 pub(crate) use grow::grow;
-pub(crate) use header::write_header;
+pub(crate) use header::{even_out, write_header};
 pub use header::{Header, read_header};
 pub(crate) use load::load;
 pub use storage::Storage;

@@ -223,6 +223,11 @@ impl SimDisk {
         });
     }
 
+    /// The process that made calls is gone, the host is not.
+    pub(crate) fn revive(&self) {
+        self.with(|state| (state.fuse, state.dead) = (None, false));
+    }
+
     /// What no power cut can take.
     pub(crate) fn durable(&self, file: FileId) -> Vec<(u64, Content)> {
         self.with(|state| {
