@@ -110,10 +110,7 @@ fn open(files: VolumeFiles, options: &OpenOptions) -> Result<Opened, BlockError>
         events: Arc::clone(&options.events),
     };
     let descriptors = Arc::new(Descriptors::new(data, map, base));
-    if options.generation > header.generation {
-        header.generation = options.generation;
-        map::write_header(&descriptors.map, &mut header)?;
-    }
+    claim(&descriptors.map, &mut header, options.generation)?;
     Ok(Opened { header, shared: Arc::new(Shared::new(parts)), descriptors })
 }
 
@@ -161,6 +158,15 @@ fn replay(map: &dyn Storage, data: &dyn Storage, header: &Header, bits: &mut map
     if kept.is_empty() { Ok(()) } else { data.sync().map_err(BlockError::Sync) }
 }
 
+/// Says in the map which attachment has the volume now: older ones are refused from here on.
+fn claim(map: &dyn Storage, header: &mut Header, generation: u64) -> Result<(), MapError> {
+    if generation > header.generation {
+        header.generation = generation;
+        map::write_header(map, header)?;
+    }
+    Ok(())
+}
+
 /// Says in the map that the volume is in use, before anything in it changes.
 fn mark_in_use(map: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
     if header.clean {
@@ -174,6 +180,57 @@ fn mark_in_use(map: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
 fn mark_clean(map: &dyn Storage, header: &mut Header) -> Result<(), MapError> {
     header.clean = true;
     map::write_header(map, header)
+}
+
+/// Ends the use of a volume whose queues are gone. `flush` is one flush of the volume, through the engine.
+fn close(
+    map: &dyn Storage,
+    header: &mut Header,
+    shared: &Shared,
+    flush: impl FnOnce() -> Result<(), BlockError>,
+) -> Result<(), BlockError> {
+    {
+        let mut coord = shared.coord();
+        coord.end_freeze(true);
+        coord.flush_everything();
+    }
+    flush()?;
+    shared.coord().closed = true;
+    Ok(mark_clean(map, header)?)
+}
+
+/// Clears DIRTY, durably; `flush` as above.
+fn clear_dirty(
+    map: &dyn Storage,
+    header: &mut Header,
+    shared: &Shared,
+    flush: impl FnOnce() -> Result<(), BlockError>,
+) -> Result<(), BlockError> {
+    // While pages are being written the map is not clean: a crash may leave one written in part.
+    mark_in_use(map, header)?;
+    {
+        let mut coord = shared.coord();
+        for chunk in coord.bits.dirty_chunks() {
+            coord.bits.clear_dirty(chunk);
+        }
+        coord.flush_everything();
+    }
+    flush()?;
+    Ok(mark_clean(map, header)?)
+}
+
+/// Makes an open volume larger.
+fn grow(
+    map: &dyn Storage,
+    data: &dyn Storage,
+    header: &mut Header,
+    shared: &Shared,
+    size_bytes: u64,
+) -> Result<(), BlockError> {
+    map::grow(map, data, header, size_bytes)?;
+    shared.coord().bits.grow(size_bytes);
+    shared.size.store(size_bytes, Ordering::Release);
+    Ok(())
 }
 
 fn buffered(data: &std::fs::File) -> Result<Alignment, BlockError> {
@@ -223,12 +280,9 @@ impl LayeredVolume {
     pub fn grow(&self, size_bytes: u64) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         let direct = files::set_direct(&self.descriptors.map, false).map_err(BlockError::Data)?;
-        let grown = map::grow(&self.descriptors.map, &self.descriptors.data, &mut header, size_bytes);
+        let grown = grow(&self.descriptors.map, &self.descriptors.data, &mut header, &self.shared, size_bytes);
         files::set_direct(&self.descriptors.map, direct).map_err(BlockError::Data)?;
-        grown?;
-        self.shared.coord().bits.grow(size_bytes);
-        self.shared.size.store(size_bytes, Ordering::Release);
-        Ok(())
+        grown
     }
 
     /// Begins to prepare a freeze: flushes, then holds new writes back and waits for those in flight. The volume's queues
@@ -361,18 +415,14 @@ impl LayeredVolume {
     /// After a failed sync the volume can never be closed clean.
     pub fn close_clean(&self) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-        {
-            let mut coord = self.shared.coord();
-            if coord.closed {
-                return Ok(());
-            }
-            coord.end_freeze(true);
-            coord.flush_everything();
+        if self.shared.coord().closed {
+            return Ok(());
         }
-        self.inline().flush()?;
-        self.shared.coord().closed = true;
-        files::set_direct(&self.descriptors.map, false).map_err(BlockError::Data)?;
-        mark_clean(&self.descriptors.map, &mut header)?;
+        close(&self.descriptors.map, &mut header, &self.shared, || {
+            self.inline().flush()?;
+            files::set_direct(&self.descriptors.map, false).map_err(BlockError::Data)?;
+            Ok(())
+        })?;
         files::unlock(&self.descriptors.map);
         Ok(())
     }

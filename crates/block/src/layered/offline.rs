@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::inline::Inline;
 use super::shared::Nobody;
-use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, mark_clean, mark_in_use, open};
-use crate::map::{self, CHUNK_BYTES, Header};
+use super::{FrozenSet, OpenOptions, Opened, VolumeFiles, open};
+use crate::map::{CHUNK_BYTES, Header};
 use crate::{BlockError, Engine};
 
 /// A detached volume, or one whose VMM died. Locked like an attached one; every call blocks.
@@ -78,25 +78,16 @@ impl OfflineVolume {
     /// exact, whatever happened before.
     pub fn clear_dirty(&self) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-        // While pages are being written the map is not clean: a crash may leave one written in part.
-        mark_in_use(&self.opened.descriptors.map, &mut header)?;
-        {
-            let mut coord = self.opened.shared.coord();
-            for chunk in coord.bits.dirty_chunks() {
-                coord.bits.clear_dirty(chunk);
-            }
-            coord.flush_everything();
-        }
-        self.inline.lock().unwrap_or_else(PoisonError::into_inner).flush()?;
-        Ok(mark_clean(&self.opened.descriptors.map, &mut header)?)
+        let map = &self.opened.descriptors.map;
+        super::clear_dirty(map, &mut header, &self.opened.shared, || {
+            self.inline.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        })
     }
 
     /// Makes the volume larger, as [`LayeredVolume::grow`](crate::LayeredVolume::grow).
     pub fn grow(&self, size_bytes: u64) -> Result<(), BlockError> {
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-        map::grow(&self.opened.descriptors.map, &self.opened.descriptors.data, &mut header, size_bytes)?;
-        self.opened.shared.coord().bits.grow(size_bytes);
-        self.opened.shared.size.store(size_bytes, std::sync::atomic::Ordering::Release);
-        Ok(())
+        let Opened { shared, descriptors, .. } = &self.opened;
+        super::grow(&descriptors.map, &descriptors.data, &mut header, shared, size_bytes)
     }
 }

@@ -85,9 +85,17 @@ pub(crate) type Covered = Vec<(u64, u64)>;
 struct State {
     files: [SimFile; 5],
     ids: u64,
-    /// Storage calls until the power is cut in the middle of one.
+    /// Changing calls until the power is cut in the middle of one.
     fuse: Option<u64>,
-    dead: bool,
+    /// The call in the middle of which it was.
+    died: Option<Died>,
+}
+
+/// The call that was under way when the fuse burnt out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Died {
+    pub(crate) file: FileId,
+    pub(crate) writing: bool,
 }
 
 #[derive(Debug, Default)]
@@ -219,13 +227,17 @@ impl SimDisk {
                 file.durable_length = file.length;
             }
             state.fuse = None;
-            state.dead = false;
+            state.died = None;
         });
     }
 
     /// The process that made calls is gone, the host is not.
     pub(crate) fn revive(&self) {
-        self.with(|state| (state.fuse, state.dead) = (None, false));
+        self.with(|state| (state.fuse, state.died) = (None, None));
+    }
+
+    pub(crate) fn length(&self, file: FileId) -> u64 {
+        self.with(|state| state.files[file as usize].length)
     }
 
     /// What no power cut can take.
@@ -236,9 +248,14 @@ impl SimDisk {
         })
     }
 
-    /// The power will fail during one of the next storage calls.
+    /// The power will fail during one of the next calls that change something.
     pub(crate) fn set_fuse(&self, calls: Option<u64>) {
         self.with(|state| state.fuse = calls);
+    }
+
+    /// The call during which it failed, until [`power_cut`](Self::power_cut).
+    pub(crate) fn died(&self) -> Option<Died> {
+        self.with(|state| state.died)
     }
 
     pub(crate) fn flip_bit(&self, file: FileId, bit: u64) {
@@ -256,14 +273,15 @@ impl SimDisk {
         SimStorage { disk: Arc::clone(self), file }
     }
 
-    fn burn(&self) -> io::Result<bool> {
+    /// A call that changes something begins; true when the power fails during it.
+    pub(crate) fn burn(&self, file: FileId, writing: bool) -> io::Result<bool> {
         self.with(|state| {
-            if state.dead {
+            if state.died.is_some() {
                 return Err(io::Error::other("the power is off"));
             }
             if let Some(left) = &mut state.fuse {
                 if *left == 0 {
-                    state.dead = true;
+                    state.died = Some(Died { file, writing });
                     return Ok(true);
                 }
                 *left -= 1;
@@ -290,13 +308,13 @@ impl Storage for SimStorage {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let dies = self.disk.burn()?;
+        let dies = self.disk.burn(self.file, true)?;
         self.disk.write(self.file, offset, bytes, true);
         if dies { Err(io::Error::other("the power fails")) } else { Ok(()) }
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.disk.burn()? {
+        if self.disk.burn(self.file, false)? {
             return Err(io::Error::other("the power fails"));
         }
         let covered = self.disk.sync_begins(self.file);
@@ -314,11 +332,11 @@ impl Storage for SimStorage {
     }
 
     fn length(&self) -> io::Result<u64> {
-        Ok(self.disk.with(|state| state.files[self.file as usize].length))
+        Ok(self.disk.length(self.file))
     }
 
     fn set_length(&self, bytes: u64) -> io::Result<()> {
-        let dies = self.disk.burn()?;
+        let dies = self.disk.burn(self.file, true)?;
         self.disk.with(|state| state.files[self.file as usize].length = bytes);
         if dies { Err(io::Error::other("the power fails")) } else { Ok(()) }
     }

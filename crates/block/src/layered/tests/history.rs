@@ -53,15 +53,8 @@ impl History {
         self.values[self.current - self.dropped..].to_vec()
     }
 
-    /// The sector was seen to hold this after a crash. Values before it are out of reach if the power was cut: what was seen
-    /// is durable.
-    pub(super) fn observe(&mut self, value: Value, power: bool) {
-        if power {
-            *self = Self::new(value);
-        } else {
-            self.values.push(value);
-            self.current = self.end() - 1;
-            self.writing = 0;
-        }
+    /// A process that opened the volume saw the sector hold this: whatever else it might have held is out of reach.
+    pub(super) fn observe(&mut self, value: Value) {
+        *self = Self::new(value);
     }
 }

@@ -14,9 +14,9 @@ use crate::layered::clock::Clock;
 use crate::layered::core::Core;
 use crate::layered::freeze::{FrozenSet, encode_staged, staged_at};
 use crate::layered::op::FileId;
-use crate::layered::open_map;
 use crate::layered::shared::{Alignment, Mail, Shared, Signal};
 use crate::layered::sync::MODELLED;
+use crate::layered::{mark_in_use, open_map};
 use crate::map::{self, CHUNK_BYTES, Extent, MapBase, MapSpec, Storage};
 use crate::task::Call;
 use crate::{Operation, Request};
@@ -66,7 +66,8 @@ impl Volume {
             generation: 1,
         };
         map::create(&disk.storage(FileId::Map), spec).unwrap();
-        let (_, shared) = open(&disk, &agent, Alignment { memory: 1, offset: 1 }, false);
+        let (mut header, shared) = open(&disk, &agent, Alignment { memory: 1, offset: 1 }, false, 1).unwrap();
+        mark_in_use(&disk.storage(FileId::Map), &mut header).unwrap();
         MODELLED.set(false);
         // What an earlier process left is none of the models' business.
         shared.coord().flush.unsynced = false;

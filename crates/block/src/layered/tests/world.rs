@@ -7,17 +7,18 @@ use std::sync::{Arc, Mutex};
 
 use super::disk::{Covered, Rng, SECTOR, SimDisk};
 use super::history::History;
+use super::process::{Crashes, During};
 use crate::layered::buffer::{Buffer, BufferPool, gather, scatter};
 use crate::layered::clock::Clock;
 use crate::layered::core::Core;
 use crate::layered::freeze::FrozenSet;
 use crate::layered::op::FileId;
 use crate::layered::shared::{Alignment, Cause, ChunkFetcher, Parts, Presence, Shared, Signal, VolumeEvents};
-use crate::layered::{mark_in_use, open_map};
+use crate::layered::{claim, mark_in_use, open_map};
 use crate::map::{self, CHUNK_BYTES, Extent, Header, MapBase, MapSpec, Storage};
 use crate::task::Call;
 use crate::xts::{Xts, XtsKey};
-use crate::{Operation, Request};
+use crate::{BlockError, Operation, Request};
 
 pub(super) const CHUNKS: u64 = 250;
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES / 512;
@@ -25,7 +26,13 @@ pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES / 512;
 pub(super) const BASE: [u64; 4] = [0, 1, 247, 248];
 /// Blocks of the log.
 const LOG_BLOCKS: u64 = 24;
+/// What volumes begin with.
 pub(super) const SIZE: u64 = CHUNKS * CHUNK_BYTES;
+
+/// Chunks that requests meet, however the volume has grown.
+pub(super) fn is_met(chunk: u64) -> bool {
+    !(4..247).contains(&chunk) && !(256..490).contains(&chunk)
+}
 
 /// Contents are numbers: 0 is zeros, others fill a sector so that a misplaced one is noticed.
 pub(super) type Value = u64;
@@ -145,6 +152,16 @@ pub(super) struct World {
     pub(super) queues: Vec<Queue>,
     pub(super) faults: Faults,
     pub(super) header: Header,
+    /// Size of the volume as far as somebody was told, and what it is being grown to.
+    pub(super) size: u64,
+    pub(super) growing: Option<u64>,
+    pub(super) generation: u64,
+    /// DIRTY was cleared, and nothing has happened since.
+    pub(super) cleared: bool,
+    pub(super) during: During,
+    /// The power may also fail while a process begins, ends or makes the volume larger, and the agent uses it between guests.
+    pub(super) eventful: bool,
+    pub(super) crashes: Crashes,
     pub(super) alignment: Alignment,
     pub(super) keys: bool,
     /// Sectors that a guest request in flight reads, with counts.
@@ -192,7 +209,8 @@ impl World {
         map::create(&map, spec).unwrap();
         let agent = Arc::new(Agent::default());
         let clock = Arc::new(AtomicU64::new(1));
-        let (header, shared) = open(&disk, &agent, alignment, keys);
+        let (mut header, shared) = open(&disk, &agent, alignment, keys, 1).unwrap();
+        mark_in_use(&map, &mut header).unwrap();
         let mut world = Self {
             rng,
             disk,
@@ -202,6 +220,13 @@ impl World {
             queues: Vec::new(),
             faults: Faults::default(),
             header,
+            size: SIZE,
+            growing: None,
+            generation: 1,
+            cleared: false,
+            during: During::Traffic,
+            eventful: false,
+            crashes: Crashes::default(),
             alignment,
             keys,
             reading: HashMap::new(),
@@ -222,23 +247,29 @@ impl World {
 
     pub(super) fn add_queues(&mut self) {
         for _ in 0..1 + self.rng.below(2) {
-            let flag = Arc::new(Flag::default());
-            let signal = Arc::clone(&flag) as Arc<dyn Signal>;
-            let core = Core::new(Arc::clone(&self.shared), 16, Some(signal), Clock::Manual(Arc::clone(&self.clock)));
-            self.queues.push(Queue { core, flag, outstanding: Vec::new(), pending: BTreeMap::new() });
+            self.add_queue();
         }
+    }
+
+    pub(super) fn add_queue(&mut self) {
+        let flag = Arc::new(Flag::default());
+        let signal = Arc::clone(&flag) as Arc<dyn Signal>;
+        let core = Core::new(Arc::clone(&self.shared), 16, Some(signal), Clock::Manual(Arc::clone(&self.clock)));
+        self.queues.push(Queue { core, flag, outstanding: Vec::new(), pending: BTreeMap::new() });
     }
 
     fn history(&mut self, sector: u64) -> &mut History {
         self.histories.entry(sector).or_insert_with(|| History::new(base_value(sector)))
     }
 
-    /// A place and length that requests meet at: chunk, page and volume ends, and one blank chunk.
+    /// A place and length that requests meet at: chunk, page and volume ends, also what was the end before the volume grew, and
+    /// one blank chunk.
     fn range(&mut self) -> (u64, u64) {
-        let end = SIZE / 512;
-        let centres = [40, CHUNK_SECTORS, 2 * CHUNK_SECTORS + 40, 248 * CHUNK_SECTORS, end - 40];
+        let (end, first_end) = (self.size / 512, SIZE / 512);
+        let last = if end > first_end && self.rng.chance(2) { first_end - 8 } else { end - 40 };
+        let centres = [40, CHUNK_SECTORS, 2 * CHUNK_SECTORS + 40, 248 * CHUNK_SECTORS, last];
         let centre = centres[self.rng.below(centres.len() as u64) as usize];
-        let mut first = centre + self.rng.below(64) - 32;
+        let mut first = (centre + self.rng.below(64) - 32).min(end - 1);
         let mut sectors = 1 + self.rng.below(24);
         if self.rng.chance(3) {
             first &= !7;
@@ -340,8 +371,11 @@ impl World {
         }
     }
 
-    /// One call takes effect.
+    /// One call takes effect, unless the power fails during it.
     pub(super) fn apply(&mut self, which: usize) {
+        if self.disk.died().is_some() {
+            return;
+        }
         let queue = &mut self.queues[which];
         let waiting: Vec<usize> =
             (0..queue.outstanding.len()).filter(|at| queue.outstanding[*at].applied.is_none()).collect();
@@ -349,6 +383,11 @@ impl World {
             return;
         }
         let at = waiting[self.rng.below(waiting.len() as u64) as usize];
+        let Outstanding { file, call, .. } = &queue.outstanding[at];
+        let reading = matches!(call, Call::Readv { .. });
+        if !reading && self.disk.burn(*file, !matches!(call, Call::Fdatasync)).unwrap() {
+            return;
+        }
         let applied = self.effect(which, at);
         self.queues[which].outstanding[at].applied = Some(applied);
     }
@@ -424,6 +463,9 @@ impl World {
 
     /// One call that took effect is answered; what the volume completes is checked.
     pub(super) fn answer(&mut self, which: usize) {
+        if self.disk.died().is_some() {
+            return;
+        }
         let queue = &mut self.queues[which];
         let applied: Vec<usize> =
             (0..queue.outstanding.len()).filter(|at| queue.outstanding[*at].applied.is_some()).collect();
@@ -517,11 +559,18 @@ fn check_alignment(alignment: Alignment, file: FileId, call: &Call<'_>) {
     assert!((offset | length as u64).is_multiple_of(alignment.offset), "unaligned range reaches the disk");
 }
 
-pub(super) fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment, keys: bool) -> (Header, Arc<Shared>) {
+/// As the engine opens a volume, for whomever.
+pub(super) fn open(
+    disk: &Arc<SimDisk>,
+    agent: &Arc<Agent>,
+    alignment: Alignment,
+    keys: bool,
+    generation: u64,
+) -> Result<(Header, Arc<Shared>), BlockError> {
     let map = disk.storage(FileId::Map);
     let extent = Some(Extent::of(BASE));
-    let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), 1, extent).unwrap();
-    mark_in_use(&map, &mut header).unwrap();
+    let (mut header, bits) = open_map(&map, &disk.storage(FileId::Data), generation, extent)?;
+    claim(&map, &mut header, generation)?;
     let parts = Parts {
         volume_id: header.volume_id,
         bits,
@@ -535,5 +584,5 @@ pub(super) fn open(disk: &Arc<SimDisk>, agent: &Arc<Agent>, alignment: Alignment
     let shared = Shared::new(parts);
     // A small one, which begins anew often.
     shared.coord().flush.log.blocks = LOG_BLOCKS;
-    (header, Arc::new(shared))
+    Ok((header, Arc::new(shared)))
 }

@@ -1,26 +1,24 @@
-//! The schedule of a [`World`]: who does something next, snapshots, and the ends of processes.
+//! The schedule of a [`World`]: who does something next, and snapshots.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::disk::SECTOR;
-use super::world::{CHUNK_SECTORS, CHUNKS, SIZE, Value, World, base_value, key, open, value_of};
-use crate::Operation;
-use crate::layered::freeze::{BROKEN_AT, FreezeState, FrozenSet, encode_staged, staged_at};
-use crate::layered::mark_clean;
+use super::world::{CHUNK_SECTORS, Value, World, base_value, is_met, key, value_of};
+use crate::layered::freeze::{FreezeState, FrozenSet, encode_staged, staged_at};
 use crate::layered::op::FileId;
 use crate::layered::shared::Mail;
 use crate::xts::Xts;
 
-/// How a process ends.
+/// Chunks of a frozen set that are in the stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// The host loses power.
-    Power,
-    /// The process is killed; the host goes on.
-    Kill,
-    /// In order.
-    Clean,
+pub(super) enum Marks {
+    All,
+    /// Those that `staged` says.
+    Told,
+    /// There is no stage: nobody writes meanwhile.
+    None,
 }
 
 impl World {
@@ -40,6 +38,7 @@ impl World {
             }
             88..92 => self.fetch(),
             92..99 => self.snapshot_step(),
+            _ if self.rng.chance(4) => self.grow(),
             _ => {
                 self.clock.fetch_add(self.rng.below(1_500_000_000), Ordering::Relaxed);
             }
@@ -71,14 +70,14 @@ impl World {
             }
             FreezeState::Ready => {
                 assert!(coord.is_quiet());
-                let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
-                self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
-                let possible = self.histories.iter().map(|(sector, history)| (*sector, history.possible())).collect();
+                let set = FrozenSet::of(coord.bits.chunks(), &coord.bits.dirty_chunks());
+                self.disk.write(FileId::Staged, 0, &encode_staged(self.size, &set), true);
+                let possible = self.possible();
                 coord.begin_freeze(set.clone());
                 // Chunks that no request ever meets: copying them again and again shows nothing.
-                for chunk in set.iter().filter(|chunk| (4..247).contains(chunk)) {
+                for chunk in set.iter().filter(|chunk| !is_met(*chunk)) {
                     coord.freeze.staged.insert(chunk);
-                    self.disk.write(FileId::Staged, staged_at(CHUNKS, chunk), &[1], true);
+                    self.disk.write(FileId::Staged, staged_at(set.chunks, chunk), &[1], true);
                 }
                 coord.wake_blocked(None);
                 self.instant = Some((set, possible));
@@ -94,7 +93,7 @@ impl World {
                     coord.end_freeze(false);
                     coord.wake_blocked(None);
                     drop(coord);
-                    self.finish_snapshot(true);
+                    self.finish_snapshot(Marks::All);
                 } else {
                     let chunk = left[self.rng.below(left.len() as u64) as usize];
                     let queue = coord.any_queue().unwrap();
@@ -107,20 +106,23 @@ impl World {
 
     /// The agent takes the frozen chunks, from the stage where they are there and else from the volume, and the snapshot with
     /// what earlier ones had is the volume at its instant.
-    fn finish_snapshot(&mut self, all_staged: bool) {
+    pub(super) fn finish_snapshot(&mut self, marks: Marks) {
         let (set, possible) = self.instant.take().unwrap();
+        let mut sectors: Vec<u64> =
+            self.histories.keys().copied().filter(|sector| set.contains(sector / CHUNK_SECTORS)).collect();
         for chunk in set.iter() {
-            let mut mark = [0];
-            self.disk.read(FileId::Staged, staged_at(CHUNKS, chunk), &mut mark);
-            assert!(mark == [1] || !all_staged);
-            let first = chunk * CHUNK_SECTORS;
             // Sectors that were never written, too.
-            let extra = (0..4).map(|_| first + self.rng.below(CHUNK_SECTORS)).collect::<Vec<_>>();
-            let known = self.histories.keys().copied().filter(|sector| sector / CHUNK_SECTORS == chunk);
-            for sector in known.chain(extra).collect::<Vec<_>>() {
-                let value = if mark == [1] { self.stored(FileId::Stage, sector) } else { self.content(sector) };
-                self.backup.insert(sector, value);
+            let extra = if is_met(chunk) { 4 } else { u64::from(self.rng.chance(20)) };
+            sectors.extend((0..extra).map(|_| chunk * CHUNK_SECTORS + self.rng.below(CHUNK_SECTORS)));
+        }
+        for sector in sectors {
+            let mut mark = [0];
+            if marks != Marks::None {
+                self.disk.read(FileId::Staged, staged_at(set.chunks, sector / CHUNK_SECTORS), &mut mark);
             }
+            assert!(mark == [1] || marks != Marks::All);
+            let value = if mark == [1] { self.stored(FileId::Stage, sector) } else { self.content(sector) };
+            self.backup.insert(sector, value);
         }
         for sector in self.histories.keys().chain(self.backup.keys()) {
             let found = self.backup.get(sector).copied().unwrap_or_else(|| base_value(*sector));
@@ -132,6 +134,11 @@ impl World {
             }
         }
         self.snapshots += 1;
+    }
+
+    /// What a read of each sector may return now.
+    pub(super) fn possible(&self) -> HashMap<u64, Vec<Value>> {
+        self.histories.iter().map(|(sector, history)| (*sector, history.possible())).collect()
     }
 
     fn stored(&self, file: FileId, sector: u64) -> Value {
@@ -162,7 +169,7 @@ impl World {
     /// As [`quiesce`](Self::quiesce), with what faults there are.
     pub(super) fn run_dry(&mut self) {
         let mut idle = 0;
-        while self.queues.iter().any(|queue| !queue.pending.is_empty()) {
+        while self.queues.iter().any(|queue| !queue.pending.is_empty()) && self.disk.died().is_none() {
             let before = self.completed + self.failures;
             let mut progress = false;
             while self.agent.asked.lock().unwrap().first().is_some() {
@@ -173,11 +180,7 @@ impl World {
             for which in 0..self.queues.len() {
                 self.issue(which, usize::MAX);
                 progress |= !self.queues[which].outstanding.is_empty();
-                while !self.queues[which].outstanding.is_empty() {
-                    self.apply(which);
-                    self.answer(which);
-                    self.issue(which, usize::MAX);
-                }
+                self.work_off(which);
                 progress |= self.wake(which);
                 self.drain(which);
             }
@@ -193,6 +196,15 @@ impl World {
         }
     }
 
+    /// Everything that a queue has in the kernel, or takes there meanwhile, ends; unless the power fails.
+    pub(super) fn work_off(&mut self, which: usize) {
+        while !self.queues[which].outstanding.is_empty() && self.disk.died().is_none() {
+            self.apply(which);
+            self.answer(which);
+            self.issue(which, usize::MAX);
+        }
+    }
+
     /// A gate that is closed stays so until the agent freezes or gives up.
     fn leave_ready(&mut self) {
         let mut coord = self.shared.coord();
@@ -200,80 +212,6 @@ impl World {
             coord.freeze.abandon(libc::ECANCELED);
             coord.wake_blocked(None);
         }
-    }
-
-    /// Ends the process, opens the volume again and checks what it holds.
-    pub(super) fn end(&mut self, end: End) {
-        if end == End::Clean {
-            self.quiesce();
-        }
-        let shared = Arc::clone(&self.shared);
-        for which in 0..self.queues.len() {
-            for at in 0..self.queues[which].outstanding.len() {
-                if self.queues[which].outstanding[at].applied.is_none() && self.rng.chance(2) {
-                    let _ = self.effect(which, at);
-                }
-            }
-        }
-        if end == End::Clean {
-            self.close_clean();
-        }
-        self.queues.clear();
-        self.disk.complete_all();
-        if end == End::Power {
-            self.disk.power_cut(&mut self.rng);
-            // The stage does not outlive the host's boot.
-            self.instant = None;
-            // The base does not either, as far as anybody knows.
-            self.agent.present.lock().unwrap().clear();
-        }
-        let mut broken = [0; 4];
-        self.disk.read(FileId::Staged, BROKEN_AT, &mut broken);
-        drop(shared);
-        self.agent.asked.lock().unwrap().clear();
-        self.agent.impaired.store(false, Ordering::Relaxed);
-        let (header, shared) = open(&self.disk, &self.agent, self.alignment, self.keys);
-        (self.header, self.shared) = (header, shared);
-        self.reading.clear();
-        if self.instant.is_some() {
-            if broken != [0; 4] || end == End::Clean {
-                self.instant = None;
-            } else {
-                self.finish_snapshot(false);
-            }
-        }
-        for sector in self.histories.keys().copied().collect::<Vec<_>>() {
-            let found = self.content(sector);
-            let history = self.histories.get_mut(&sector).unwrap();
-            if end == End::Clean {
-                let possible = history.possible();
-                assert!(
-                    possible.contains(&found),
-                    "sector {sector} after a clean close: {found:#x} not in {possible:x?}"
-                );
-            }
-            assert!(history.values.contains(&found), "sector {sector} after {end:?}: {found:#x} not in {history:x?}");
-            history.observe(found, end != End::Kill);
-        }
-        self.add_queues();
-    }
-
-    /// As `LayeredVolume::close_clean`.
-    fn close_clean(&mut self) {
-        {
-            let mut coord = self.shared.coord();
-            coord.end_freeze(true);
-            coord.flush_everything();
-            coord.wake_blocked(None);
-        }
-        self.instant = None;
-        // What a freeze's preparation left behind ends, too.
-        for which in 0..self.queues.len() {
-            self.queues[which].core.turn();
-            self.start(which, Operation::Flush, 0, 0);
-        }
-        self.quiesce();
-        mark_clean(&self.disk.storage(FileId::Map), &mut self.header).unwrap();
     }
 
     /// Chunks that hold something a guest wrote since they were last backed up (at least).
