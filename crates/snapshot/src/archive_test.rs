@@ -15,6 +15,9 @@ use crate::manifest::{Committed, Manifest, ManifestSpec};
 use crate::objects::{Damage, SnapshotKey, StorageError};
 use crate::testing::{domain, listing, memory_store, noise, sample_disk};
 
+#[path = "archive_hostile_test.rs"]
+mod hostile;
+
 fn silent() -> OnArchiveProgress {
     Arc::new(|_, _| ())
 }

@@ -13,11 +13,12 @@ use tokio::task::spawn_blocking;
 
 use super::record::{RECORD_BYTES, Record, decode, payload_bytes, unpack};
 use super::{ArchiveHeader, FIXED_BYTES, MAGIC, MAX_DISKS, MAX_HEADER_BYTES, OnArchiveProgress, VERSION};
-use crate::chunk::{ChunkRef, ChunkStore, chunk_count};
+use crate::chunk::{CHUNK_BYTES, ChunkRef, ChunkStore, chunk_count};
 use crate::fields::field;
 use crate::manifest::{Committed, MAX_VOLUME_BYTES, ManifestSpec, ManifestWriter};
 use crate::objects::{Damage, StorageError};
 use crate::upload::DEFAULT_PARALLEL;
+use crate::writer::is_zero;
 
 /// Bytes asked for at a time, and how many times ahead.
 const WINDOW: u64 = 4 << 20;
@@ -131,8 +132,14 @@ impl OpenedArchive {
             let Some(target) = target else {
                 return Err(self.damaged(Damage::Field(format!("chunk {index} of disk {disk}"))));
             };
-            let content =
-                spawn_blocking(move || unpack(codec, &payload)).await?.map_err(|damage| self.damaged(damage))?;
+            let inside = target.spec.size_bytes - index * CHUNK_BYTES as u64;
+            let content = spawn_blocking(move || {
+                let content = unpack(codec, &payload)?;
+                let beyond = content.get(inside.min(CHUNK_BYTES as u64) as usize..).unwrap_or_default();
+                // It would turn up in volumes that are made larger.
+                if is_zero(beyond) { Ok(content) } else { Err(Damage::Field("content behind a disk's end".to_owned())) }
+            });
+            let content = content.await?.map_err(|damage| self.damaged(damage))?;
             let chunk = target.store.put_chunk(target.spec.epoch, content.into()).await?;
             Ok((disk, index, chunk))
         });
