@@ -9,6 +9,9 @@ use crate::chunk::CHUNK_BYTES;
 use crate::sources::FileSource;
 use crate::testing::{listing, noise, sample_disk};
 
+#[path = "bundle_hostile_test.rs"]
+mod hostile;
+
 fn silent() -> OnBundleProgress {
     Arc::new(|_, _| ())
 }

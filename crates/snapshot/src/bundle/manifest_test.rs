@@ -27,6 +27,21 @@ fn a_manifest_comes_back() {
     assert_eq!(BundleManifest::decode(&sample().encode().unwrap()).unwrap(), sample());
 }
 
+/// docs/storage-objects.md.
+#[test]
+fn a_manifest_is_the_documented_one() {
+    let digests = format!(r#""blake3":"{}","sha256":"{}""#, "ab".repeat(32), "cd".repeat(32));
+    let expected = format!(
+        r#"{{"format":"hearth-bundle","version":1,"name":"web","disk_bytes":1048576,"data_bytes":12288,"codec":"zstd",
+        "attributes":{{"architecture":"x86_64"}},"parts":[
+        {{"object":"web.part.0000","bytes":1000,{digests},"extents":[[8192,4096],[0,4096]]}},
+        {{"object":"web.part.0001","bytes":1001,{digests},"extents":[[4096,4096]]}}]}}"#
+    );
+    let strip = |text: &str| text.split_whitespace().collect::<String>();
+    assert_eq!(strip(&String::from_utf8(sample().encode().unwrap()).unwrap()), strip(&expected));
+    assert_eq!(BundleManifest::decode(expected.as_bytes()).unwrap(), sample());
+}
+
 #[test]
 fn nonsense_in_it_is_refused() {
     let refused = |what: &str, change: fn(&mut BundleManifest)| {

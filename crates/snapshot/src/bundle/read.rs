@@ -19,6 +19,9 @@ use crate::objects::{Damage, StorageError, get_whole};
 /// Parts fetched at a time.
 const PARALLEL_PARTS: usize = 6;
 const BUFFER: usize = 1 << 20;
+/// Longest window of a part's zstd frame, as a power of two: what every decoder should take (RFC 8878, section 3.1.1.1.2), and no
+/// more memory than that for each part.
+const WINDOW_LOG: u32 = 23;
 
 /// Reads and checks the manifest at `location`. `sha256` = what it must hash to, as kept when the AMI was registered; the hash
 /// that it has is returned for the first time.
@@ -105,6 +108,7 @@ fn write_part(file: &File, part: &BundlePart, content: &Bytes) -> Result<(), Par
     }
     let damaged = |_| PartError::Damage(Damage::Decompression(part.data_bytes()));
     let mut decoder = zstd::stream::read::Decoder::with_buffer(&content[..]).map_err(damaged)?;
+    decoder.window_log_max(WINDOW_LOG).map_err(damaged)?;
     let mut buffer = vec![0; BUFFER];
     for (offset, length) in &part.extents {
         let (mut at, mut left) = (*offset, *length);
