@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use crate::BlockError;
-use crate::map::CHUNK_BYTES;
+use crate::map::{CHUNK_BYTES, SIZE_MAX};
 
 const MAGIC: &[u8; 8] = b"HRTHSTG1";
 const VERSION: u32 = 1;
@@ -192,12 +192,16 @@ impl StagedView {
             return Err(invalid());
         }
         let length = file.metadata().map_err(BlockError::Stage)?.len();
-        if size > 1 << 56 || length < staged_bytes(size) {
+        if size > SIZE_MAX || length < staged_bytes(size) {
             return Err(invalid());
         }
         let mut words = vec![0u8; frozen_bytes(chunks) as usize];
         read(&mut words, HEADER_BYTES)?;
-        let words = words.chunks_exact(8).map(|b| b.try_into().map_or(0, u64::from_le_bytes)).collect();
+        let words: Vec<u64> = words.chunks_exact(8).map(|b| b.try_into().map_or(0, u64::from_le_bytes)).collect();
+        let spare = chunks % 64;
+        if spare > 0 && words.last().is_some_and(|word| word >> spare != 0) {
+            return Err(invalid());
+        }
         Ok(Self { frozen: FrozenSet { chunks, words }, file })
     }
 

@@ -32,8 +32,8 @@ pub enum MapError {
         /// What is wrong.
         problem: &'static str,
     },
-    /// Zero, not a multiple of 4 KiB, or beyond 2^56 bytes.
-    #[error("a volume of {0} bytes is impossible: it must be a multiple of 4096 from 4096 to 2^56")]
+    /// Zero, not a multiple of 4 KiB, or beyond 64 TiB.
+    #[error("a volume of {0} bytes is impossible: it must be a multiple of 4096 from 4096 to 2^46")]
     Size(u64),
     /// Longer than 32 bytes or empty.
     #[error("the volume id '{0:.40}' does not fit the map: it must have 1 to 32 bytes")]

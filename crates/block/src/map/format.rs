@@ -23,6 +23,8 @@ pub(crate) const LOG_OFFSET: u64 = 2 * PAGE as u64;
 pub(crate) const LOG_BYTES: u64 = 1 << 20;
 /// Where pages begin: after the log.
 pub(crate) const PAGES_OFFSET: u64 = LOG_OFFSET + LOG_BYTES;
+/// Highest sequence of a sector: a page is written some hundred thousand times in its life, and what counts from higher up would wrap.
+pub(crate) const SEQ_MAX: u32 = 1 << 31;
 /// Bytes of a sector before its LOCAL words: crc32c, seq, tag, dirty.
 const SECTOR_HEADER: usize = 16;
 
@@ -84,6 +86,10 @@ impl Sector {
         if u32_at(from, 8) != tag {
             return Err("it belongs to another volume or place");
         }
+        let seq = u32_at(from, 4);
+        if !(1..=SEQ_MAX).contains(&seq) {
+            return Err("its sequence is none that was ever written");
+        }
         let dirty = u32_at(from, 12);
         if dirty >> CHUNKS_PER_SECTOR != 0 {
             return Err("a reserved bit is set");
@@ -93,6 +99,6 @@ impl Sector {
         for (word, bytes) in local.iter_mut().zip(words.chunks_exact(8)) {
             *word = bytes.try_into().map_or(0, u64::from_le_bytes);
         }
-        Ok(Self { seq: u32_at(from, 4), dirty, local })
+        Ok(Self { seq, dirty, local })
     }
 }

@@ -9,8 +9,9 @@ const VERSION: u32 = 2;
 const FLAG_CLEAN: u32 = 1;
 const FLAG_BASE: u32 = 2;
 const CRC_AT: usize = PAGE - 4;
-/// Volumes beyond this are nonsense, and page arithmetic stays far from overflow.
-pub(crate) const SIZE_MAX: u64 = 1 << 56;
+/// 64 TiB, the largest volume of EBS. Volumes beyond this are nonsense, page arithmetic stays far from overflow, and what a header says
+/// cannot make its reader ask for more than some 50 MiB of memory.
+pub(crate) const SIZE_MAX: u64 = 64 << 40;
 
 /// What the header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +85,9 @@ impl Header {
         let extent_chunks = u64::from_le_bytes(fields.take());
         let extent_checksum = u32::from_le_bytes(fields.take());
         check_size(size_bytes)?;
+        if extent_chunks > size_bytes.div_ceil(super::CHUNK_BYTES) {
+            return Err(MapError::Header("it has more chunks of a base than of the volume"));
+        }
         let base_root = (flags & FLAG_BASE != 0).then_some(root);
         let clean = flags & FLAG_CLEAN != 0;
         Ok(Self { sequence, clean, volume_id, size_bytes, generation, base_root, extent_chunks, extent_checksum })

@@ -13,6 +13,8 @@ pub(crate) mod log;
 mod storage;
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use bits::{Bits, PageWrite, Run};
@@ -21,7 +23,7 @@ pub use error::MapError;
 pub use extent::Extent;
 pub use format::{BLOCK_BYTES, CHUNK_BYTES};
 pub(crate) use grow::grow;
-pub(crate) use header::{even_out, write_header};
 pub use header::{Header, read_header};
+pub(crate) use header::{SIZE_MAX, even_out, write_header};
 pub(crate) use load::load;
 pub use storage::Storage;

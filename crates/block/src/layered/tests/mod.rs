@@ -7,5 +7,6 @@ mod models;
 mod process;
 mod real;
 mod schedule;
+mod staged;
 mod world;
 mod writers;
