@@ -1,6 +1,9 @@
 //! Tests of the engine: on a simulated disk that loses power, and on real files.
 
+mod denied;
 pub(crate) mod disk;
+mod files;
+mod full;
 mod history;
 mod invariants;
 mod models;
