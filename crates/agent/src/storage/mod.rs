@@ -22,3 +22,6 @@ pub use network::{Connect, NetworkError, NetworkVolumes, is_network};
 pub use remote::RemoteObjects;
 pub use snapshots::{Running, Snapshots};
 pub use volumes::{HostVolumes, Lineage, Placed, VolumeDisk, VolumeError};
+
+#[cfg(test)]
+mod tenants_test;

@@ -97,7 +97,10 @@ impl Head {
 /// A record before one that counts is not whole. (The last one may be: then a crash cut it off, and its flush was never
 /// answered.)
 pub(crate) fn read(file: &dyn Storage, header: &Header, bits: &Bits) -> Result<Vec<(u64, Vec<u8>)>, MapError> {
-    let log = contents(file)?;
+    decode(&contents(file)?, header, bits)
+}
+
+pub(super) fn decode(log: &[u8], header: &Header, bits: &Bits) -> Result<Vec<(u64, Vec<u8>)>, MapError> {
     let block = |at: u64| log.get(at as usize * PAGE..)?.get(..PAGE);
     let head = |at: u64| Head::decode(&header.volume_id, at, block(at)?);
     let counts =
@@ -120,7 +123,7 @@ pub(crate) fn read(file: &dyn Storage, header: &Header, bits: &Bits) -> Result<V
 }
 
 /// The whole log; what was never written is not read.
-fn contents(file: &dyn Storage) -> Result<Vec<u8>, MapError> {
+pub(super) fn contents(file: &dyn Storage) -> Result<Vec<u8>, MapError> {
     let mut log = vec![0u8; LOG_BYTES as usize];
     let mut offset = LOG_OFFSET;
     while let Some(data) = file.next_data(offset).map_err(MapError::io("look for the log of"))? {

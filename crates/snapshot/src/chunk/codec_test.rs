@@ -62,7 +62,7 @@ fn equal_content_is_an_equal_object_in_one_domain_only() {
 }
 
 #[test]
-fn every_single_flipped_bit_is_noticed() {
+fn invariant_6_every_flipped_bit_of_a_chunk_is_noticed() {
     for content in [noise(7, 200), vec![3; 4096]] {
         let (domain, name, object) = encoded(&content);
         for bit in 0..object.len() * 8 {

@@ -293,7 +293,7 @@ fn explore(rules: &Rules) -> Result<usize, &'static str> {
 }
 
 #[test]
-fn no_interleaving_loses_a_chunk() {
+fn invariant_4_no_interleaving_loses_a_chunk() {
     let states = explore(&PRODUCT).unwrap();
     eprintln!("{states} states");
     assert!(states > 100_000, "the model has become trivial: {states} states");

@@ -37,7 +37,7 @@ fn the_format_does_not_change() {
 }
 
 #[test]
-fn flipped_bits_and_cuts_are_noticed() {
+fn invariant_6_every_flipped_bit_and_cut_of_a_root_is_noticed() {
     let object = sample().encode();
     for bit in 0..object.len() * 8 {
         let mut changed = object.clone();

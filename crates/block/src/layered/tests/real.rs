@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -100,6 +100,51 @@ fn a_second_opener_and_an_old_generation_are_refused() {
     let fenced = files.try_open(Engine::Auto, 4);
     assert!(matches!(fenced, Err(BlockError::Fenced { ours: 4, theirs: 5 })), "{fenced:?}");
     files.try_open(Engine::Auto, 5).unwrap();
+}
+
+/// Invariant 5: of openers that meet in any order, at most one has the volume, and one that was told that it has it with a generation
+/// shuts out all older ones for good.
+#[test]
+fn invariant_5_two_writers_never_have_one_volume() {
+    let files = Files::new(false);
+    let (held, highest, opened) = (AtomicBool::new(false), AtomicU64::new(3), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for number in 0..3u64 {
+            let (files, held, highest, opened) = (&files, &held, &highest, &opened);
+            scope.spawn(move || {
+                for round in 0..40u64 {
+                    let before = highest.load(Ordering::SeqCst);
+                    // Some of them are late.
+                    let generation = (before + round % 3).saturating_sub(number % 2);
+                    let result = if round % 4 == 3 {
+                        OfflineVolume::open(files.files(), generation).map(|offline| {
+                            assert!(!held.swap(true, Ordering::SeqCst), "two have the volume");
+                            held.store(false, Ordering::SeqCst);
+                            drop(offline);
+                        })
+                    } else {
+                        files.try_open(Engine::ThreadPool, generation).map(|volume| {
+                            assert!(!held.swap(true, Ordering::SeqCst), "two have the volume");
+                            write(volume.open_queue(1).unwrap().as_mut(), 0, 4096, number as u8);
+                            held.store(false, Ordering::SeqCst);
+                            drop(volume);
+                        })
+                    };
+                    match result {
+                        Ok(()) => {
+                            assert!(generation >= before, "generation {generation} after {before}");
+                            highest.fetch_max(generation, Ordering::SeqCst);
+                            opened.fetch_add(1, Ordering::SeqCst);
+                        }
+                        Err(BlockError::InUse) => {}
+                        Err(BlockError::Fenced { ours, theirs }) => assert!(ours == generation && theirs > ours),
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+        }
+    });
+    assert!(opened.into_inner() > 20);
 }
 
 #[test]
