@@ -242,6 +242,57 @@ async fn a_local_store_loses_the_files_of_interrupted_writes() {
     cloud.assert_reads(1, &[(0, 1), (1, 2)].into()).await;
 }
 
+/// Bundles and archives: what was abandoned goes, what is being written stays and becomes whole.
+#[tokio::test]
+async fn a_local_store_loses_bundles_and_archives_that_were_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let objects = crate::open_store(&format!("file://{}", folder.path().display()), &Default::default()).unwrap();
+    let cloud = Cloud { objects, ledger: Arc::default() };
+    let put = |path: &str, age: u64| {
+        let path = folder.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, b"half").unwrap();
+        let changed = std::time::SystemTime::now() - std::time::Duration::from_secs(age);
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(changed).unwrap();
+        path
+    };
+    const DAY: u64 = 24 * 60 * 60;
+    let gone = [
+        put("archive/123456789012/ami-1.bin#1", DAY + 60),
+        put("bundle/123456789012/web.part.0003#2", 400 * DAY),
+        put("bundle/123456789012/a/b/c/web.manifest.json#17", 2 * DAY),
+    ];
+    let stay = [
+        put("archive/123456789012/ami-1.bin#2", DAY - 600),
+        put("archive/123456789012/ami-0.bin", 400 * DAY),
+        put("bundle/123456789012/web.part.0003", 400 * DAY),
+        put("bundle/123456789012/not#a-number", 400 * DAY),
+        put("elsewhere/web.part.0003#2", 400 * DAY),
+    ];
+    let place = Path::from("archive/123456789012/ami-2.bin");
+    let mut upload = cloud.objects.put_multipart(&place).await.unwrap();
+    upload.put_part(PutPayload::from_static(b"one ")).await.unwrap();
+    let options = CollectOptions { local_root: Some(folder.path().to_owned()), now: true, ..CollectOptions::default() };
+    let told = cloud.collect(CollectOptions { dry_run: true, ..options.clone() }).await.unwrap();
+    assert!((told.leftovers, told.bytes) == (3, 12) && gone.iter().all(|path| path.exists()));
+    let (one, other) = tokio::join!(cloud.collect(options.clone()), cloud.collect(options.clone()));
+    assert_eq!(one.unwrap().leftovers + other.unwrap().leftovers, 3);
+    assert!(gone.iter().all(|path| !path.exists()) && stay.iter().all(|path| path.exists()));
+    upload.put_part(PutPayload::from_static(b"two")).await.unwrap();
+    upload.complete().await.unwrap();
+    assert_eq!(cloud.objects.get(&place).await.unwrap().bytes().await.unwrap(), "one two");
+
+    // A writer that slept for longer than anybody waits publishes nothing.
+    let mut upload = cloud.objects.put_multipart(&Path::from("archive/123456789012/ami-3.bin")).await.unwrap();
+    upload.put_part(PutPayload::from_static(b"half")).await.unwrap();
+    let file = folder.path().join("archive/123456789012/ami-3.bin#1");
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * DAY);
+    std::fs::File::options().write(true).open(&file).unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(cloud.collect(options).await.unwrap().leftovers, 1);
+    upload.complete().await.unwrap_err();
+    assert!(!folder.path().join("archive/123456789012/ami-3.bin").exists());
+}
+
 /// Folders vanish under the listing as they become empty.
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_objects_go_from_a_local_store() {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path as FilePath;
+use std::time::{Duration, SystemTime};
 
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
@@ -11,7 +12,14 @@ use super::collect::Collected;
 use super::ledger::Roots;
 use super::mark::Marked;
 use crate::epoch::Epoch;
-use crate::objects::{CHUNKS, ObjectKind, PAGES, SNAPSHOTS, SnapshotKey, StorageError, classify, snapshot_path};
+use crate::objects::{
+    ARCHIVES, BUNDLES, CHUNKS, ObjectKind, PAGES, SNAPSHOTS, SnapshotKey, StorageError, classify, snapshot_path,
+};
+
+/// A write of a bundle or an archive that nothing was added to for this long is not going on: parts come within minutes.
+const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
+/// Folders that bundles may stand in, one inside the other.
+const MAX_DEPTH: u32 = 64;
 
 pub(super) mod dead_snapshots {
     use super::*;
@@ -126,8 +134,8 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    /// Files of writes that a crash interrupted (`name#number`), where nobody can still be writing them: in old epochs and
-    /// beside roots of snapshots that are not being uploaded.
+    /// Files of writes that a crash interrupted (`name#number`), where nobody can still be writing them: in old epochs, beside roots of
+    /// snapshots that are not being uploaded, and among bundles and archives those that nobody has written to for a day.
     pub async fn leftovers(
         &self,
         folder: &FilePath,
@@ -147,11 +155,17 @@ impl Sweep<'_> {
                 }
             }
         }
-        let dry_run = self.dry_run;
+        let (dry_run, folder) = (self.dry_run, folder.to_owned());
         let found = tokio::task::spawn_blocking(move || {
             let mut found = (0u64, 0u64);
             for place in places {
-                remove_leftovers(&place, 2, dry_run, &mut found)?;
+                remove_leftovers(&place, 2, None, dry_run, &mut found)?;
+            }
+            // Only time tells here: no ledger knows who writes. A writer that was away for longer finds its file gone when it renames
+            // it: it fails, and nothing is published.
+            let old = SystemTime::now().checked_sub(ABANDONED);
+            for kind in [BUNDLES, ARCHIVES].into_iter().filter(|_| old.is_some()) {
+                remove_leftovers(&folder.join(kind), MAX_DEPTH, old, dry_run, &mut found)?;
             }
             Ok::<_, StorageError>(found)
         });
@@ -166,7 +180,14 @@ fn is_leftover(name: &str) -> bool {
     name.rsplit_once('#').is_some_and(|(_, number)| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
-fn remove_leftovers(folder: &FilePath, depth: u32, dry_run: bool, found: &mut (u64, u64)) -> Result<(), StorageError> {
+/// Those last changed before `old`, or all.
+fn remove_leftovers(
+    folder: &FilePath,
+    depth: u32,
+    old: Option<SystemTime>,
+    dry_run: bool,
+    found: &mut (u64, u64),
+) -> Result<(), StorageError> {
     let entries = match std::fs::read_dir(folder) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(StorageError::io("list", folder))?,
@@ -176,14 +197,20 @@ fn remove_leftovers(folder: &FilePath, depth: u32, dry_run: bool, found: &mut (u
         let path = entry.path();
         let kind = entry.file_type().map_err(StorageError::io("look at", &path))?;
         if kind.is_dir() && depth > 1 {
-            remove_leftovers(&path, depth - 1, dry_run, found)?;
+            remove_leftovers(&path, depth - 1, old, dry_run, found)?;
         } else if kind.is_file() && entry.file_name().to_str().is_some_and(is_leftover) {
-            let bytes = entry.metadata().map_or(0, |metadata| metadata.len());
-            if !dry_run {
-                std::fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+            // Whoever wrote it may end, or another collector come first, at any moment.
+            let Ok(metadata) = entry.metadata() else { continue };
+            let changed = metadata.modified().map_err(StorageError::io("look at", &path))?;
+            if old.is_some_and(|old| changed >= old) {
+                continue;
+            }
+            match if dry_run { Ok(()) } else { std::fs::remove_file(&path) } {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                removed => removed.map_err(StorageError::io("remove", &path))?,
             }
             found.0 += 1;
-            found.1 += bytes;
+            found.1 += metadata.len();
         }
     }
     Ok(())

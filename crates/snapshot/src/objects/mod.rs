@@ -9,5 +9,7 @@ pub use error::{Damage, StorageError};
 pub(crate) use io::{get_whole, info, peek, put_if_absent, put_over};
 pub use open::{S3Options, StoreOptions, local_path, open_store};
 pub(crate) use path::is_plain_name;
-pub(crate) use path::{CHUNKS, PAGES, SNAPSHOTS, chunk_path, page_path, prefetch_path, root_path, snapshot_path};
+pub(crate) use path::{
+    ARCHIVES, BUNDLES, CHUNKS, PAGES, SNAPSHOTS, chunk_path, page_path, prefetch_path, root_path, snapshot_path,
+};
 pub use path::{ObjectKind, SnapshotKey, classify};

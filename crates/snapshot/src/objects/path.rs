@@ -13,6 +13,8 @@ use crate::manifest::PageRef;
 pub(crate) const CHUNKS: &str = "chunk";
 pub(crate) const PAGES: &str = "page";
 pub(crate) const SNAPSHOTS: &str = "snap";
+pub(crate) const BUNDLES: &str = "bundle";
+pub(crate) const ARCHIVES: &str = "archive";
 const ROOT: &str = "root";
 const PREFETCH: &str = "prefetch";
 
