@@ -8,6 +8,7 @@ mod history;
 mod invariants;
 mod models;
 mod process;
+mod reader;
 mod real;
 mod schedule;
 mod staged;
