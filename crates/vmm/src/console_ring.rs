@@ -48,9 +48,18 @@ fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> RingError {
 pub fn create(file: &File, capacity: u64) -> Result<(), RingError> {
     check_capacity(capacity)?;
     file.set_len(HEADER + capacity).map_err(io_error("size"))?;
+    reserve(file)?;
     file.write_all_at(&0u64.to_le_bytes(), TOTAL_AT).map_err(io_error("write"))?;
     file.write_all_at(&capacity.to_le_bytes(), CAPACITY_AT).map_err(io_error("write"))?;
     file.write_all_at(&MAGIC, 0).map_err(io_error("write"))
+}
+
+/// Takes all the room that a ring may need, before it is handed to a VMM: to that it is memory, and a write to memory for which
+/// the disk has no room ends a process (SIGBUS).
+pub fn reserve(file: &File) -> Result<(), RingError> {
+    let length = file.metadata().map_err(io_error("look at"))?.len();
+    let length = libc::off_t::try_from(length).map_err(|_| RingError::Format("it is too long".into()))?;
+    nix::fcntl::posix_fallocate(file, 0, length).map_err(|errno| io_error("reserve room for")(errno.into()))
 }
 
 fn check_capacity(capacity: u64) -> Result<(), RingError> {
@@ -219,6 +228,13 @@ mod tests {
         assert_eq!(read(&file, 0).unwrap(), Snapshot { start: 0, bytes: b"first second".to_vec() });
         assert_eq!(read(&file, 6).unwrap().bytes, b"second");
         assert_eq!(read(&file, 99).unwrap().bytes, b"");
+    }
+
+    #[test]
+    fn a_ring_has_all_its_room_from_the_beginning() {
+        use std::os::unix::fs::MetadataExt;
+        let (file, _) = ring(256 << 10);
+        assert!(file.metadata().unwrap().blocks() * 512 >= HEADER + (256 << 10));
     }
 
     #[test]

@@ -276,7 +276,10 @@ fn open_console_ring(path: &std::path::Path) -> Result<(std::fs::File, u64), Str
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path).map_err(failed)?;
     match console_total(&file) {
-        Some(total) => Ok((file, total)),
+        Some(total) => {
+            console_ring::reserve(&file).map_err(|error| error.to_string())?;
+            Ok((file, total))
+        }
         None => {
             console_ring::create(&file, CONSOLE_RING_BYTES).map_err(|error| error.to_string())?;
             Ok((file, 0))

@@ -51,6 +51,9 @@ impl Presence {
         if file.metadata()?.len() < words as u64 * 16 {
             file.set_len(words as u64 * 16)?;
         }
+        // A write to mapped memory for which the disk has no room would end this process (SIGBUS).
+        let length = libc::off_t::try_from(words as u64 * 16).map_err(io::Error::other)?;
+        nix::fcntl::posix_fallocate(&file, 0, length)?;
         // The same bytes each time.
         file.write_all_at(&extent.to_bytes(), words as u64 * 8)?;
         let length = NonZeroUsize::new(words * 8).ok_or_else(|| io::Error::other("an empty mapping"))?;
@@ -101,6 +104,15 @@ impl Drop for Presence {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_bits_have_room_on_the_disk_from_the_beginning() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        drop(Presence::open(folder.path(), "a", 10 << 20, &Extent::of([0])).unwrap());
+        let about = std::fs::metadata(file_of(folder.path(), "a")).unwrap();
+        assert!(about.blocks() * 512 >= about.len(), "{about:?}");
+    }
 
     #[test]
     fn bits_live_as_long_as_the_boot() {
