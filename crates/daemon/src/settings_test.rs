@@ -112,3 +112,16 @@ fn volume_backends_stand_in_the_file() {
         assert!(error.contains(told) && error.contains("hearthd.toml"), "{text}: {error}");
     }
 }
+
+#[test]
+fn limits_of_accounts_reach_the_control_plane() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("hearthd.toml");
+    std::fs::write(&file, "max-snapshots-per-account = 7\nmax-images-per-account = 8\n").unwrap();
+    let line =
+        "hearthd control --max-volumes-per-account 0 --max-volume-gib-per-account 500 --max-images-per-account 9";
+    let settings = Settings::resolve(flags(line).1, &file).unwrap();
+    let config = crate::layout::control(&settings, Ipv4Addr::LOCALHOST.into()).unwrap();
+    assert_eq!((config.max_volumes_per_account, config.max_volume_gib_per_account), (0, 500));
+    assert_eq!((config.max_snapshots_per_account, config.max_images_per_account), (7, 9));
+}

@@ -190,7 +190,13 @@ async fn a_restore_tells_how_far_it_is() {
     until("stored", || {
         let mut user = user.clone();
         async move {
-            let tasks = user.images.list_store_image_tasks(Default::default()).await.unwrap().into_inner().tasks;
+            let tasks = user
+                .images
+                .list_store_image_tasks(v1::ListStoreImageTasksRequest::default())
+                .await
+                .unwrap()
+                .into_inner()
+                .tasks;
             tasks.into_iter().find(|task| task.state() == T::Completed)
         }
     })

@@ -116,7 +116,13 @@ async fn tasks_of_all_accounts_are_done_while_exports_take_every_place() {
         until("all are stored", || {
             let mut user = user.clone();
             async move {
-                let tasks = user.images.list_store_image_tasks(Default::default()).await.unwrap().into_inner().tasks;
+                let tasks = user
+                    .images
+                    .list_store_image_tasks(v1::ListStoreImageTasksRequest::default())
+                    .await
+                    .unwrap()
+                    .into_inner()
+                    .tasks;
                 let done = tasks.iter().filter(|task| task.state() == v1::StoreImageTaskState::Completed).count();
                 (done == 2).then_some(())
             }
