@@ -8,12 +8,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant, timeout};
 
 use super::Attachment;
-use super::volumes::{Slot, limits};
+use super::volumes::{MOMENT, Slot, limits};
 use crate::launch::{Backing, Disk, DiskControl, NbdBacking};
 use crate::storage::{Connect, NetworkError, NetworkVolumes};
 
-/// How long the other work of an instance waits for a backend.
-const MOMENT: Duration = Duration::from_secs(1);
 /// Pause after a failure.
 const PAUSE: Duration = Duration::from_secs(2);
 

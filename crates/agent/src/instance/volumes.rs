@@ -9,7 +9,8 @@ use hearth_types::VolumeId;
 use hearth_vmm::control::protocol::{Event, VolumeCause};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
-use tokio::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+use tokio::time::{Duration, Instant, timeout};
 
 use super::Attachment;
 use super::network::{self, Remote};
@@ -20,6 +21,8 @@ use crate::storage::{Base, HostVolumes, Placed, Snapshots, VolumeError, is_netwo
 const BUSY_AFTER: Duration = Duration::from_secs(15);
 /// Chunks fetched ahead when a guest waits for one; and when it seems to read on from the one before.
 const READ_AHEAD: (u64, u64) = (4, 16);
+/// How long the other work of an instance waits for a backend, or for the base of a volume.
+pub(super) const MOMENT: Duration = Duration::from_secs(1);
 
 /// One volume that a VMM has, or had until it let go of it.
 pub struct Slot {
@@ -31,6 +34,10 @@ pub struct Slot {
     base: Option<Arc<Base>>,
     /// Taken up from an earlier agent, and its base is not found yet.
     orphan: bool,
+    /// Under way to the volume's files and base.
+    placing: Option<Placing>,
+    /// Taken up from an earlier agent, which may not have told the VMM the newest size and limits.
+    untold: bool,
     /// Chunks that the guest waits for until then.
     missed: BTreeSet<u64>,
     /// The chunk that the guest waited for last.
@@ -44,6 +51,15 @@ pub struct Slot {
     forced: bool,
     impaired: String,
     error: String,
+}
+
+/// A volume on its way to this host. Dropping it calls that off.
+struct Placing(JoinHandle<Result<Placed, VolumeError>>);
+
+impl Drop for Placing {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Is called when chunks of a base have come.
@@ -109,6 +125,8 @@ impl Slot {
             remote: None,
             base: None,
             orphan: false,
+            placing: None,
+            untold: false,
             missed: BTreeSet::new(),
             last_missed: None,
             _listener: None,
@@ -145,7 +163,7 @@ impl Slot {
                 }
                 _ => self.impaired.clone(),
             },
-            size_bytes: self.volume.size_bytes,
+            size_bytes: if self.untold && self.remote.is_none() { 0 } else { self.volume.size_bytes },
         }
     }
 }
@@ -184,7 +202,7 @@ impl Slots {
     }
 
     /// After the agent was away: those of the volumes that the VMM has.
-    pub async fn adopt(&mut self, volumes: &HostVolumes, wanted: &[Attachment], disks: &Arc<dyn DiskControl>) {
+    pub async fn adopt(&mut self, volumes: &Arc<HostVolumes>, wanted: &[Attachment], disks: &Arc<dyn DiskControl>) {
         let there = match disks.serials().await {
             Ok(there) => Some(there),
             Err(error) => {
@@ -203,7 +221,8 @@ impl Slots {
             }
             // Its base may have to wait for the connection to the control plane; the guest has the disk all the same.
             let orphan = attachment.volume.base.is_some();
-            let mut slot = Slot { state: ObservedAttachment::Attached, orphan, ..Slot::detached(attachment) };
+            let state = ObservedAttachment::Attached;
+            let mut slot = Slot { state, orphan, untold: true, ..Slot::detached(attachment) };
             if let Some(remote) = remote_of(&attachment.volume, volumes) {
                 slot.volume = remote.as_seen(&attachment.volume);
                 slot.remote = Some(remote);
@@ -214,15 +233,20 @@ impl Slots {
     }
 
     /// Finds the bases of volumes that were taken up again. `true` when some are missing.
-    async fn find_bases(&mut self, volumes: &HostVolumes, disks: &Arc<dyn DiskControl>) -> bool {
+    async fn find_bases(&mut self, volumes: &Arc<HostVolumes>, disks: &Arc<dyn DiskControl>) -> bool {
         let mut missing = false;
         for slot in self.0.iter_mut().filter(|slot| slot.orphan) {
-            let Some(wanted) = &slot.volume.base else { continue };
-            match volumes.bases().get(wanted).await {
-                Ok(base) => {
+            let Some(placed) = slot.place(volumes).await else {
+                missing = true;
+                continue;
+            };
+            match placed {
+                Ok(placed) => {
                     slot.orphan = false;
-                    slot.follow_base(Some(&base), caller(slot.serial.clone(), disks.clone()));
-                    std::mem::take(&mut slot.missed).into_iter().for_each(|chunk| base.want(chunk, true));
+                    slot.follow_base(placed.base.as_ref(), caller(slot.serial.clone(), disks.clone()));
+                    if let Some(base) = &slot.base {
+                        std::mem::take(&mut slot.missed).into_iter().for_each(|chunk| base.want(chunk, true));
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(volume = slot.volume.volume_id, %error, "taking up a volume again");
@@ -235,7 +259,9 @@ impl Slots {
 
     /// Volumes of this host's own disk that the VMM has, with their attachment generation.
     pub fn made(&self) -> BTreeMap<VolumeId, u64> {
-        let local = self.0.iter().filter(|slot| slot.remote.is_none() && slot.state != ObservedAttachment::Failed);
+        let has =
+            |slot: &&Slot| slot.remote.is_none() && slot.state != ObservedAttachment::Failed && !slot.is_on_its_way();
+        let local = self.0.iter().filter(has);
         local.filter_map(|slot| Some((slot.volume.volume_id.parse().ok()?, slot.volume.attach_generation))).collect()
     }
 
@@ -326,16 +352,15 @@ impl Slots {
     pub async fn approach(
         &mut self,
         wanted: &[Attachment],
-        volumes: &HostVolumes,
+        volumes: &Arc<HostVolumes>,
         snapshots: &Snapshots,
         disks: &Arc<dyn DiskControl>,
         queues: u16,
         is_root: impl Fn(&Attachment) -> bool,
     ) -> bool {
-        let gone = ObservedAttachment::Detached;
-        // The control plane has seen that it is off.
+        // The control plane has seen that it is off, or does not want it any more.
         self.0.retain(|slot| {
-            slot.state != gone
+            !(slot.state == ObservedAttachment::Detached || slot.is_on_its_way())
                 || wanted.iter().any(|other| {
                     other.volume.attach_generation == slot.volume.attach_generation
                         && other.volume.volume_id == slot.volume.volume_id
@@ -353,6 +378,9 @@ impl Slots {
                 Some(slot) if slot.remote.is_some() => {
                     again |= network::follow(slot, attachment, disks.as_ref(), queues).await;
                 }
+                Some(slot) if slot.is_on_its_way() => {
+                    again |= slot.attach(attachment, volumes, disks.as_ref(), queues).await;
+                }
                 Some(slot) => again |= follow(slot, attachment, disks.as_ref()).await,
                 // Another root volume comes with the reboot that is wanted with it.
                 None if is_root(attachment) => {}
@@ -367,40 +395,14 @@ impl Slots {
                     again = true;
                 }
                 None if attachment.detach == DetachWish::Unspecified => {
-                    again |= self.attach(attachment, volumes, disks.as_ref(), queues).await;
+                    let mut slot = Slot { state: ObservedAttachment::Attaching, ..Slot::detached(attachment) };
+                    again |= slot.attach(attachment, volumes, disks.as_ref(), queues).await;
+                    self.0.push(slot);
                 }
                 None => self.0.push(Slot::detached(attachment)),
             }
         }
         again
-    }
-
-    async fn attach(
-        &mut self,
-        attachment: &Attachment,
-        volumes: &HostVolumes,
-        disks: &dyn DiskControl,
-        queues: u16,
-    ) -> bool {
-        let attached = async {
-            let placed = volumes.place(&attachment.volume).await.map_err(|error| error.to_string())?;
-            let opened = tokio::task::spawn_blocking(move || open_for_vmm(&placed)).await;
-            let (disk, slot) = opened.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
-            disks.attach(disk, queues).await.map_err(|error| error.to_string())?;
-            Ok::<_, String>(slot)
-        };
-        match attached.await {
-            Ok(slot) => {
-                tracing::info!(volume = %attachment.id, "volume attached");
-                self.0.push(slot);
-                false
-            }
-            Err(error) => {
-                tracing::warn!(volume = %attachment.id, error, "the volume cannot be attached yet");
-                self.0.push(Slot { state: ObservedAttachment::Failed, error, ..Slot::detached(attachment) });
-                true
-            }
-        }
     }
 }
 
@@ -418,6 +420,62 @@ impl Slot {
 
     fn detached(attachment: &Attachment) -> Self {
         Self::of(attachment.id.serial(), attachment.volume.clone(), ObservedAttachment::Detached)
+    }
+
+    /// A volume of this host that no VMM has yet.
+    fn is_on_its_way(&self) -> bool {
+        self.state == ObservedAttachment::Attaching && self.remote.is_none()
+    }
+
+    /// The volume with its base, if they are there within a moment. An object store that does not answer may take minutes.
+    async fn place(&mut self, volumes: &Arc<HostVolumes>) -> Option<Result<Placed, String>> {
+        let patience = if self.placing.is_none() { MOMENT } else { Duration::ZERO };
+        let (volumes, wanted) = (volumes.clone(), self.volume.clone());
+        // What a VMM has is here.
+        let is_here = self.orphan;
+        let place = async move { if is_here { volumes.find(&wanted).await } else { volumes.place(&wanted).await } };
+        let begin = || Placing(tokio::spawn(place));
+        let placing = self.placing.get_or_insert_with(begin);
+        let ended = timeout(patience, &mut placing.0).await.ok()?;
+        self.placing = None;
+        Some(match ended {
+            Ok(placed) => placed.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        })
+    }
+
+    /// Takes the next step with a volume that no VMM has yet. `true` when there is something to look at again soon.
+    async fn attach(
+        &mut self,
+        attachment: &Attachment,
+        volumes: &Arc<HostVolumes>,
+        disks: &dyn DiskControl,
+        queues: u16,
+    ) -> bool {
+        if attachment.detach != DetachWish::Unspecified {
+            *self = Self::detached(attachment);
+            return false;
+        }
+        let Some(placed) = self.place(volumes).await else { return true };
+        let attached = async {
+            let placed = placed?;
+            let opened = tokio::task::spawn_blocking(move || open_for_vmm(&placed)).await;
+            let (disk, slot) = opened.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+            disks.attach(disk, queues).await.map_err(|error| error.to_string())?;
+            Ok::<_, String>(slot)
+        };
+        match attached.await {
+            Ok(slot) => {
+                tracing::info!(volume = %attachment.id, "volume attached");
+                *self = slot;
+                false
+            }
+            Err(error) => {
+                tracing::warn!(volume = %attachment.id, error, "the volume cannot be attached yet");
+                *self = Self { state: ObservedAttachment::Failed, error, ..Self::detached(attachment) };
+                true
+            }
+        }
     }
 }
 
@@ -450,7 +508,7 @@ pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn
     }
     let wanted = &attachment.volume;
     let mut again = false;
-    if wanted.size_bytes > slot.volume.size_bytes && slot.remote.is_none() {
+    if (slot.untold || wanted.size_bytes > slot.volume.size_bytes) && slot.remote.is_none() {
         match disks.resize(&slot.serial, wanted.size_bytes).await {
             Ok(()) => slot.volume.size_bytes = wanted.size_bytes,
             Err(error) => {
@@ -459,7 +517,7 @@ pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn
             }
         }
     }
-    if limits(wanted) != limits(&slot.volume) {
+    if slot.untold || limits(wanted) != limits(&slot.volume) {
         match disks.limit(&slot.serial, limits(wanted)).await {
             Ok(()) => {
                 slot.volume.iops = wanted.iops;
@@ -471,5 +529,6 @@ pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn
             }
         }
     }
+    slot.untold &= again;
     again
 }

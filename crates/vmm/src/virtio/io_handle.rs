@@ -85,6 +85,9 @@ impl IoThread {
         if bytes < from || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(VirtioError::Shrink { serial: serial.to_owned(), from, to: bytes });
         }
+        if bytes == from {
+            return Ok(());
+        }
         volume.grow(bytes).map_err(|source| VirtioError::Volume { serial: serial.to_owned(), source })?;
         self.ask(|done| Command::Resize { device, bytes, done })?;
         self.hotplug.show_capacity(serial, bytes)

@@ -3,6 +3,7 @@
 mod crash;
 mod life;
 mod network;
+mod volumes;
 pub(crate) mod world;
 
 pub use world::{CrashPoint, spec};

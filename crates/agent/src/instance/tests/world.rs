@@ -95,6 +95,8 @@ pub struct Table {
     pub guests_ignore_the_button: bool,
     pub presses: u32,
     pub lease: bool,
+    /// Sizes in bytes that VMMs were told of their disks, by serial.
+    pub sizes: HashMap<String, u64>,
 }
 
 /// What stays when an agent dies.
@@ -237,7 +239,7 @@ impl Vmm for Handle {
     }
 
     fn disks(&self) -> Arc<dyn DiskControl> {
-        Arc::new(Obedient)
+        Arc::new(Obedient(self.world.clone()))
     }
 
     fn take_events(&mut self) -> Option<DiskEvents> {
@@ -258,7 +260,7 @@ impl VolumeEvents for Silent {
 }
 
 /// Does at once what it is told.
-struct Obedient;
+struct Obedient(Arc<World>);
 
 #[async_trait]
 impl DiskControl for Obedient {
@@ -271,7 +273,8 @@ impl DiskControl for Obedient {
     async fn connect(&self, _: &str, _: OwnedFd) -> Result<(), LaunchError> {
         Ok(())
     }
-    async fn resize(&self, _: &str, _: u64) -> Result<(), LaunchError> {
+    async fn resize(&self, serial: &str, bytes: u64) -> Result<(), LaunchError> {
+        self.0.table.lock().sizes.insert(serial.to_owned(), bytes);
         Ok(())
     }
     async fn limit(&self, _: &str, _: DiskLimits) -> Result<(), LaunchError> {
