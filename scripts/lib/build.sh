@@ -7,7 +7,7 @@ BUILD_PACKAGES=(build-essential pkg-config)
 TEST_PACKAGES=(
     "${BUILD_PACKAGES[@]}"
     qemu-utils qemu-system-x86 linux-image-cloud-amd64 busybox-static cpio
-    nbdkit qemu-system-common openssh-server openssh-client e2fsprogs iproute2 nftables gdisk fdisk zstd xz-utils python3 curl
+    nbdkit fio qemu-system-common openssh-server openssh-client e2fsprogs iproute2 nftables gdisk fdisk zstd xz-utils python3 curl
 )
 
 # ensure_rust: the toolchain and cargo-nextest, or a message that says how to get them.

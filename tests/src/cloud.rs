@@ -35,6 +35,17 @@ pub enum Shape {
     Hosts(usize),
 }
 
+/// What is not as it is by itself.
+#[derive(Default)]
+pub struct Settings {
+    /// Configuration file of the agents.
+    pub agents: String,
+    /// More flags of the control plane.
+    pub control: Vec<String>,
+    /// More of its environment.
+    pub variables: Vec<(&'static str, String)>,
+}
+
 /// A running cloud. Dropping it ends every process of it.
 pub struct Cloud {
     folder: tempfile::TempDir,
@@ -44,6 +55,7 @@ pub struct Cloud {
     cgroup: String,
     /// The network namespace that the test was started in.
     outside: File,
+    settings: Settings,
 }
 
 /// Ends a process without giving it a chance.
@@ -108,13 +120,20 @@ impl Cloud {
     }
 
     /// The same with a configuration file for the agents, whose text may name files in the cloud's folder.
-    pub fn start_with(shape: Shape, settings: impl FnOnce(&Path) -> String) -> Self {
+    pub fn start_with(shape: Shape, agents: impl FnOnce(&Path) -> String) -> Self {
+        Self::start_on(shape, |folder| Settings { agents: agents(folder), ..Settings::default() })
+    }
+
+    /// The same with other settings. What they need is made by `prepare`, in the cloud's network and with its folder.
+    pub fn start_on(shape: Shape, prepare: impl FnOnce(&Path) -> Settings) -> Self {
         let outside = File::open("/proc/thread-self/ns/net").unwrap();
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
         let cgroup = format!("hearth-test-{}", std::process::id());
-        let mut cloud = Self { folder: scratch(), shape, control: None, agents: Vec::new(), cgroup, outside };
-        std::fs::write(cloud.path("agent.toml"), settings(cloud.folder.path())).unwrap();
+        let folder = scratch();
+        let settings = prepare(folder.path());
+        std::fs::write(folder.path().join("agent.toml"), &settings.agents).unwrap();
+        let mut cloud = Self { folder, shape, control: None, agents: Vec::new(), cgroup, outside, settings };
         if let Shape::Hosts(_) = shape {
             ip("link add hosts type bridge forward_delay 0");
             ip("address add 10.99.0.254/24 dev hosts");
@@ -230,7 +249,8 @@ impl Cloud {
         let types = self.path("types.toml");
         std::fs::write(&types, OWN_TYPE).unwrap();
         command.arg("--state-dir").arg(state).args(["--host-timeout", "10s", "--log", "info"]);
-        command.arg("--instance-types").arg(types);
+        command.arg("--instance-types").arg(types).args(&self.settings.control);
+        command.envs(self.settings.variables.iter().map(|(name, value)| (name, value)));
         self.control = Some(self.daemon("control", command));
         let admin = self.path("state/admin.json");
         assert!(
@@ -247,7 +267,7 @@ impl Cloud {
         let apart = matches!(self.shape, Shape::Hosts(_));
         let control = if apart { "https://10.99.0.254:7443" } else { "https://localhost:7443" };
         flags.extend(["--control".into(), control.into()]);
-        if !state.exists() {
+        if !state.join("agent/identity.json").exists() {
             flags.extend(["--join".into(), self.hearth(&["host", "token", "-o", "id"]).trim().into()]);
         }
         let hearthd = program("hearthd");

@@ -5,9 +5,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
+pub mod choices;
 pub mod cloud;
 pub mod console;
+pub mod disks;
+pub mod fio;
 pub mod machine;
+pub mod objects;
 pub mod report;
 pub mod vmm;
 
@@ -18,11 +22,23 @@ use std::process::Command;
 /// A built program: from `HEARTH_BIN_DIR`, else beside the test's own binary. Inside the testbed it is copied to the scratch
 /// disk first, without symbols: every start from the shared file system would take seconds.
 pub fn program(name: &str) -> PathBuf {
-    let folder = std::env::var_os("HEARTH_BIN_DIR")
-        .map_or_else(|| std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf(), PathBuf::from);
-    let path = folder.join(name);
+    let folder = std::env::var_os("HEARTH_BIN_DIR").map_or_else(built, PathBuf::from);
+    settled(folder.join(name), name, "cargo build --workspace")
+}
+
+/// A built example of hearth-snapshot, in the same way.
+pub fn example(name: &str) -> PathBuf {
+    settled(built().join("examples").join(name), name, "cargo build -p hearth-snapshot --examples")
+}
+
+/// Where cargo puts what it builds with the tests.
+fn built() -> PathBuf {
+    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf()
+}
+
+fn settled(path: PathBuf, name: &str, how: &str) -> PathBuf {
     let about = std::fs::metadata(&path)
-        .unwrap_or_else(|_| panic!("{} is not built: run scripts/test, or cargo build --workspace", path.display()));
+        .unwrap_or_else(|_| panic!("{} is not built: run scripts/test, or {how}", path.display()));
     if !Path::new("/scratch").is_dir() {
         return path;
     }
