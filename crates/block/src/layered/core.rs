@@ -21,6 +21,8 @@ pub(super) const PIECES_MAX: usize = 8;
 pub(super) const BOUNCE_BYTES: u64 = 64 << 10;
 /// Chunks copied to the stage at a time.
 pub(super) const COPIES_MAX: usize = 4;
+/// Of these for the agent: a guest's write does not wait for all that the agent has asked for.
+pub(super) const DEMANDS_MAX: usize = 2;
 /// Missing chunks asked for ahead of what a request needs first.
 const FETCH_AHEAD: u64 = 64;
 /// Pause before a write that found no space is tried again.
@@ -280,6 +282,7 @@ impl Core {
                         self.demands.push_back(chunk);
                         self.run_demands(coord);
                     }
+                    Mail::Demands => self.run_demands(coord),
                     Mail::LimitsChanged => self.run_throttled(coord),
                 }
             }
@@ -477,6 +480,7 @@ impl Core {
             }
         }
         coord.wake_blocked(None);
+        coord.wake_hindered(None);
         coord.wake_flushes(None);
         self.shared.prepared.notify();
     }

@@ -108,6 +108,8 @@ pub(crate) struct Freeze {
     pub(crate) staged: FrozenSet,
     /// Chunks being copied.
     pub(crate) copies: Vec<u64>,
+    /// Queues that have no room to copy what the agent asked for.
+    pub(crate) hindered: Vec<usize>,
     /// Copying failed: the snapshot is lost, writes no longer wait for it.
     pub(crate) broken: bool,
     /// Why the last preparation failed.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::core::{COPIES_MAX, Core};
+use super::core::{COPIES_MAX, Core, DEMANDS_MAX};
 use super::freeze::{BROKEN_AT, FreezeState, staged_at};
 use super::op::{FileId, Kind, PrepareStep, Purpose};
 use super::shared::{Cause, Coord, Effect, FlushRun, Kept, Source};
@@ -268,12 +268,15 @@ impl Core {
 
     /// Starts what the agent asked for, as far as copies may run at once.
     pub(super) fn run_demands(&mut self, coord: &mut Coord) {
-        while coord.freeze.copies.len() < COPIES_MAX
+        while coord.freeze.copies.len() < DEMANDS_MAX
             && let Some(chunk) = self.demands.pop_front()
         {
             if coord.freeze.needs_copy(chunk) {
                 self.want_copy(chunk, coord);
             }
+        }
+        if !self.demands.is_empty() && !coord.freeze.hindered.contains(&self.id) {
+            coord.freeze.hindered.push(self.id);
         }
     }
 
@@ -375,7 +378,7 @@ impl Core {
         }
         self.release(index);
         coord.wake_blocked(Some(self.id));
-        self.run_demands(coord);
+        coord.wake_hindered(Some(self.id));
     }
 
     pub(super) fn begin_prepare(&mut self, attempt: u64, coord: &mut Coord) {

@@ -123,6 +123,8 @@ pub(crate) enum Mail {
     Stage {
         chunk: u64,
     },
+    /// There may be room to copy what the agent asked for.
+    Demands,
     LimitsChanged,
 }
 
@@ -366,6 +368,12 @@ impl Coord {
         if !self.blocked.is_empty() {
             let mut waiters = std::mem::take(&mut self.blocked);
             self.wake(&mut waiters, from);
+        }
+    }
+
+    pub(crate) fn wake_hindered(&mut self, from: Option<usize>) {
+        for queue in std::mem::take(&mut self.freeze.hindered) {
+            self.post(queue, Mail::Demands, from);
         }
     }
 

@@ -74,6 +74,22 @@ impl Volume {
         Self { disk, agent, shared }
     }
 
+    /// Writes to these chunks and freezes them.
+    fn freeze(&self, queue: &mut Queue, chunks: &[u64]) {
+        chunks.iter().for_each(|chunk| queue.write(chunk * CHUNK_SECTORS, 5));
+        let mut coord = self.shared.coord();
+        let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
+        self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
+        coord.begin_freeze(set);
+    }
+
+    /// The agent asks for a chunk.
+    fn demand(&self, chunk: u64) {
+        let mut coord = self.shared.coord();
+        let queue = coord.any_queue().unwrap();
+        coord.post(queue, Mail::Stage { chunk }, None);
+    }
+
     fn bring(&self, chunk: u64) {
         self.agent.present.lock().unwrap().insert(chunk);
         self.shared.presence_changed();
@@ -120,6 +136,24 @@ impl Queue {
             self.bell.wait();
             self.core.turn();
         }
+    }
+
+    /// A write that is not waited for.
+    fn begin_write(&mut self, first: u64, bytes: &mut [u8]) {
+        let buffers = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        let request =
+            Request { operation: Operation::Write, offset: first * 512, length: 0, buffers: &buffers, token: 1 };
+        // SAFETY: the callers' buffers outlive their queues' work.
+        unsafe { self.core.submit(&request).unwrap() };
+    }
+
+    /// Makes the oldest call, if there is one.
+    fn step(&mut self) -> bool {
+        let Some(index) = self.core.next_call() else { return false };
+        let (file, call) = self.core.call(index).unwrap();
+        let result = self.volume.make(file, call);
+        self.core.finish(index, Ok(result));
+        true
     }
 
     fn write(&mut self, first: u64, value: u64) {
@@ -294,6 +328,53 @@ fn a_frozen_chunk_is_handed_over_before_it_changes() {
             volume.disk.read(FileId::Stage, sector * 512, &mut bytes);
             assert_eq!(value_of(sector, &bytes), value);
         }
+    });
+}
+
+/// The agent asks for many chunks, and the guest writes to another frozen one: its copy does not wait for all of those.
+#[test]
+fn a_write_does_not_wait_for_all_that_the_agent_asks_for() {
+    check(|| {
+        let volume = Volume::new();
+        let mut queue = volume.queue();
+        let frozen: Vec<u64> = (2..12).collect();
+        volume.freeze(&mut queue, &frozen);
+        frozen.iter().take(9).for_each(|chunk| volume.demand(*chunk));
+        queue.core.turn();
+        let mut bytes = [0; 512];
+        queue.begin_write(11 * CHUNK_SECTORS, &mut bytes);
+        while !queue.core.has_done() {
+            assert!(queue.step(), "the write waits for nothing");
+        }
+        let staged = volume.shared.coord().freeze.staged.len();
+        assert!(staged <= 5, "{staged} chunks came first");
+        queue.core.pop_done().unwrap().result.unwrap();
+        while queue.step() {}
+        assert_eq!(volume.shared.coord().freeze.staged.len(), 10);
+    });
+}
+
+/// What the agent asks one queue for while the guest's copies on another leave no room is done when these end.
+#[test]
+fn what_the_agent_asks_for_goes_on_when_another_queue_has_copied() {
+    check(|| {
+        let volume = Volume::new();
+        let (mut asked, mut busy) = (volume.queue(), volume.queue());
+        volume.freeze(&mut asked, &[2, 3, 4]);
+        let mut bytes = [[0; 512]; 2];
+        for (chunk, bytes) in (2..).zip(&mut bytes) {
+            busy.begin_write(chunk * CHUNK_SECTORS, bytes);
+        }
+        volume.demand(4);
+        asked.core.turn();
+        assert!(!asked.step(), "there is no room");
+        asked.bell.wait();
+        while busy.step() {}
+        asked.bell.wait();
+        asked.core.turn();
+        while asked.step() {}
+        assert_eq!(volume.shared.coord().freeze.staged.len(), 3);
+        while busy.core.pop_done().is_some() {}
     });
 }
 
