@@ -19,7 +19,7 @@ use crate::storage::{Base, HostVolumes, Placed, Snapshots, VolumeError, is_netwo
 
 /// How long a guest may take to let go of a disk before it counts as busy.
 const BUSY_AFTER: Duration = Duration::from_secs(15);
-/// Chunks fetched ahead when a guest waits for one; and when it seems to read on from the one before.
+/// Chunks fetched ahead when a guest waits for one behind another, and when it has done so before.
 const READ_AHEAD: (u64, u64) = (4, 16);
 /// How long the other work of an instance waits for a backend, or for the base of a volume.
 pub(super) const MOMENT: Duration = Duration::from_secs(1);
@@ -40,8 +40,10 @@ pub struct Slot {
     untold: bool,
     /// Chunks that the guest waits for until then.
     missed: BTreeSet<u64>,
-    /// The chunk that the guest waited for last.
-    last_missed: Option<u64>,
+    /// The last chunk that it waited for.
+    missed_last: Option<u64>,
+    /// That was behind the one before.
+    reads_on: bool,
     /// Held so that the base tells of chunks that come.
     _listener: Option<Listener>,
     pub(super) state: ObservedAttachment,
@@ -78,6 +80,12 @@ fn caller(serial: String, disks: Arc<dyn DiskControl>) -> Listener {
     Arc::new(move || {
         news.send_replace(());
     })
+}
+
+/// Whether a guest that waited for one chunk and then for the other reads from the one to the other: what was fetched ahead between
+/// them was not waited for.
+fn reads_on(last: Option<u64>, chunk: u64) -> bool {
+    last.is_some_and(|last| chunk > last && chunk - last <= READ_AHEAD.1 + 1)
 }
 
 /// How fast a volume may be.
@@ -128,7 +136,8 @@ impl Slot {
             placing: None,
             untold: false,
             missed: BTreeSet::new(),
-            last_missed: None,
+            missed_last: None,
+            reads_on: false,
             _listener: None,
             state,
             asked: None,
@@ -318,10 +327,14 @@ impl Slots {
                     base.want(*chunk, true);
                 }
                 for chunk in chunks {
-                    let before = slot.last_missed.replace(*chunk);
-                    let reads_on =
-                        before.is_some_and(|before| (before + 1..=before + READ_AHEAD.1 + 1).contains(chunk));
-                    let ahead = if reads_on { READ_AHEAD.1 } else { READ_AHEAD.0 };
+                    // Guests read here and there when they boot: most of what stands behind that is never wanted.
+                    let before =
+                        std::mem::replace(&mut slot.reads_on, reads_on(slot.missed_last.replace(*chunk), *chunk));
+                    let ahead = match (before, slot.reads_on) {
+                        (_, false) => 0,
+                        (false, true) => READ_AHEAD.0,
+                        (true, true) => READ_AHEAD.1,
+                    };
                     (1..=ahead).for_each(|ahead| base.want(chunk.saturating_add(ahead), false));
                 }
             }
@@ -531,4 +544,16 @@ pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn
     }
     slot.untold &= again;
     again
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_reads_on_has_chunks_fetched_ahead() {
+        assert!(!reads_on(None, 0) && !reads_on(Some(7), 7) && !reads_on(Some(7), 3) && !reads_on(Some(7), 700));
+        // And again when all that was fetched ahead has been read.
+        assert!(reads_on(Some(7), 8) && reads_on(Some(7), 8 + READ_AHEAD.1) && !reads_on(Some(7), 9 + READ_AHEAD.1));
+    }
 }
