@@ -21,6 +21,7 @@ mod gc;
 mod import;
 mod manifest;
 mod objects;
+mod prefix;
 mod qcow2;
 mod raw;
 #[cfg(test)]
@@ -59,6 +60,7 @@ pub use object_store::ObjectStore;
 pub use objects::{
     Damage, ObjectKind, S3Options, SnapshotKey, StorageError, StoreOptions, classify, local_path, open_store,
 };
+pub use prefix::{PIECE_BYTES, PrefixDigest, PrefixHasher, next_piece};
 pub use raw::next_data;
 pub use sources::{FileSource, ManifestSource};
 pub use upload::{
