@@ -59,6 +59,9 @@ pub enum CliError {
     /// The user said no.
     #[error("nothing was done")]
     Declined,
+    /// The control plane ended a stream without saying how it ended.
+    #[error("the control plane ended the call without an answer")]
+    Interrupted,
     /// A file or terminal of this machine.
     #[error("cannot {action}: {source}")]
     Io {

@@ -226,7 +226,8 @@ async fn uploads_send_holes_and_zeros_as_numbers() {
     let state = bed.state();
     assert!(state.upload == std::fs::read(&path).unwrap());
     assert!(state.upload_messages < 20, "{} messages", state.upload_messages);
-    let header = state.upload_header.clone().unwrap();
+    let header = state.upload_headers[0].clone();
+    assert!(header.resumable);
     assert_eq!((header.name.as_str(), header.file_bytes, header.client_token.len()), ("disk", 64 << 20, 32));
 }
 

@@ -65,7 +65,7 @@ pub struct ControlConfig {
     pub max_images_per_account: u32,
     /// Most instances that an account may have.
     pub max_instances_per_account: u32,
-    /// Imports and exports going on at the same time.
+    /// Imports and exports going on at the same time; uploads that wait for their client are none.
     pub max_concurrent_imports: usize,
     /// Exports of one account among them.
     pub max_transfers_per_account: usize,
@@ -75,6 +75,8 @@ pub struct ControlConfig {
     pub max_concurrent_tasks: usize,
     /// Those of one account among them.
     pub max_tasks_per_account: usize,
+    /// How long an upload that broke off is kept for its client to go on with.
+    pub upload_ttl: Duration,
 }
 
 impl ControlConfig {
@@ -111,6 +113,7 @@ impl ControlConfig {
             transfer_timeout: Duration::from_secs(60),
             max_concurrent_tasks: 4,
             max_tasks_per_account: 3,
+            upload_ttl: Duration::from_secs(24 * 3600),
         }
     }
 

@@ -22,6 +22,7 @@ use crate::pki::Pki;
 use crate::placement::Placement;
 use crate::service::fast_restore::Fills;
 use crate::service::idempotency::TokenLocks;
+use crate::service::import::seats::Seats;
 use crate::service::task::Jobs;
 use crate::storage::Storage;
 use crate::tables::{Tables, Touched};
@@ -57,6 +58,7 @@ pub(crate) struct Core {
     /// One permit for each transfer that may go on.
     pub imports: Arc<Semaphore>,
     pub transfers: Transfers,
+    pub uploads: Seats,
     pub jobs: Jobs,
     /// Work that goes on by itself; the end waits for it.
     pub tasks: TaskTracker,
@@ -110,6 +112,7 @@ impl Core {
         Self {
             transfers: Transfers::new(imports.clone(), most, most_of_account),
             imports,
+            uploads: Seats::default(),
             consoles: Consoles::default(),
             token_locks: TokenLocks::default(),
             jobs: Jobs::default(),

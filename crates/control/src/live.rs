@@ -44,6 +44,7 @@ pub(crate) struct Live {
     host_timeout: Duration,
     next_session: AtomicU64,
     hosts: Mutex<HashMap<String, LiveHost>>,
+    /// By instance, or by image that is imported.
     progress: Mutex<HashMap<String, v1::Progress>>,
     /// Percent, by snapshot or task.
     percents: Mutex<HashMap<String, u32>>,
@@ -159,16 +160,21 @@ impl Live {
         }
     }
 
-    pub fn set_progress(&self, instance: &str, progress: Option<v1::Progress>) -> bool {
+    /// How long this control plane has been there.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub fn set_progress(&self, id: &str, progress: Option<v1::Progress>) -> bool {
         let mut all = self.progress.lock();
         match progress {
-            Some(progress) => all.insert(instance.to_owned(), progress.clone()).as_ref() != Some(&progress),
-            None => all.remove(instance).is_some(),
+            Some(progress) => all.insert(id.to_owned(), progress.clone()).as_ref() != Some(&progress),
+            None => all.remove(id).is_some(),
         }
     }
 
-    pub fn progress(&self, instance: &str) -> Option<v1::Progress> {
-        self.progress.lock().get(instance).cloned()
+    pub fn progress(&self, id: &str) -> Option<v1::Progress> {
+        self.progress.lock().get(id).cloned()
     }
 
     /// How far a snapshot's upload or a task is; `None` = it has ended. `true` when that is new.

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hearth_proto::record::v1 as rec;
 use hearth_store::Txn;
 use tokio::task::JoinSet;
 
@@ -12,6 +13,7 @@ use crate::clock;
 use crate::core::Core;
 use crate::keys;
 use crate::life;
+use crate::service::import;
 use crate::tables::{Tables, account_of};
 
 pub(crate) mod images;
@@ -135,7 +137,10 @@ async fn tokens(core: &Core) -> ApiResult<()> {
         let expired: Vec<String> = {
             let tables = core.tables();
             let join = tables.join_tokens.iter().filter(|(_, token)| token.expires_ms <= now);
-            let client = tables.client_tokens.iter().filter(|(_, token)| token.created_ms <= old);
+            // An upload that is still awaited is found by its token.
+            let is_awaited =
+                |token: &rec::ClientToken| token.resource_ids.iter().any(|id| import::pending(&tables, id).is_some());
+            let client = tables.client_tokens.iter().filter(|(_, token)| token.created_ms <= old && !is_awaited(token));
             join.map(|(hash, _)| keys::join_token(hash)).chain(client.map(|(key, _)| key.clone())).take(BATCH).collect()
         };
         if expired.is_empty() {

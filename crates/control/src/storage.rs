@@ -245,6 +245,8 @@ pub(crate) struct Published {
     pub root: String,
     /// Bytes of content.
     pub full_bytes: u64,
+    /// Size of the disk in bytes.
+    pub disk_bytes: u64,
 }
 
 /// Looks for the manifest that was to be published under `id`. The root is written last, once, so one that is there is complete.
@@ -254,6 +256,7 @@ pub(crate) async fn published(core: &Core, id: &str) -> ApiResult<Option<Publish
         Ok(manifest) => Ok(Some(Published {
             root: manifest.root_hash().to_string(),
             full_bytes: manifest.present_chunks() * hearth_snapshot::CHUNK_BYTES as u64,
+            disk_bytes: manifest.size_bytes(),
         })),
         Err(hearth_snapshot::StorageError::Missing { .. }) => Ok(None),
         Err(error) => Err(ApiError::unavailable(format!("look for the manifest {id}: {error}"))),

@@ -40,6 +40,7 @@ pub fn control(settings: &Settings, default_address: IpAddr) -> Result<ControlCo
     set(&mut config.max_snapshots_per_account, settings.max_snapshots_per_account);
     set(&mut config.max_images_per_account, settings.max_images_per_account);
     set(&mut config.max_image_bytes, settings.max_image_bytes);
+    set(&mut config.upload_ttl, settings.upload_ttl.map(|span| span.0));
     config.object_store.clone_from(&settings.object_store);
     config.object_store_options = hearth_control::object_store_options(|name| std::env::var(name).ok())?;
     Ok(config)

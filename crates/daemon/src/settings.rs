@@ -290,6 +290,9 @@ settings! {
     /// Largest image and disk in it, in bytes [default: 2 TiB]
     #[arg(long, value_name = "BYTES", help_heading = "Control plane")]
     max_image_bytes: Option<u64>,
+    /// How long an image's upload that broke off is kept to be gone on with [default: 1d]
+    #[arg(long, value_name = "TIME", help_heading = "Control plane")]
+    upload_ttl: Option<Span>,
     /// Where snapshots and images are kept: file:///FOLDER or s3://BUCKET/PREFIX, which is reached as the variables AWS_* say
     /// [default: control/objects in the state folder]
     #[arg(long, value_name = "URL", help_heading = "Control plane")]

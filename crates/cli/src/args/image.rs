@@ -1,6 +1,7 @@
 //! `hearth image …`
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -15,6 +16,9 @@ pub enum ImageCommand {
     /// Upload and register a disk image (raw, qcow2, vmdk)
     #[command(after_help = "\
 The disk needs no boot loader: hearth finds kernel, initrd and command line in its root file system.
+
+When the connection breaks, the upload goes on by itself. When this command was ended, run it again: what the control plane \
+has is not sent again, unless the file was changed. `hearth image deregister` gives an unfinished import up.
 
 Examples:
   hearth image import disk.qcow2 --name debian-12
@@ -185,7 +189,7 @@ Examples:
         /// Id, unambiguous beginning of an id, or name
         image: String,
     },
-    /// No longer offer an image; instances made from it keep running
+    /// No longer offer an image, or give up an unfinished import; instances made from it keep running
     #[command(
         visible_alias = "rm",
         after_help = "\
@@ -245,6 +249,9 @@ pub struct RegisterFlags {
     pub extra_cmdline: String,
 }
 
+/// [`ImportArgs::reconnect_for`] when nothing is said.
+pub const DEFAULT_RECONNECT: Duration = Duration::from_secs(600);
+
 /// Flags of `import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
@@ -259,9 +266,12 @@ pub struct ImportArgs {
     /// What is registered with it
     #[command(flatten)]
     pub register: RegisterFlags,
-    /// Makes repeating the same call harmless [default: a fresh one per call]
+    /// Names the import, so that the same call goes on with it [default: made of the file's size and time, and of all flags]
     #[arg(long, value_name = "TOKEN")]
     pub client_token: Option<String>,
+    /// How long to try again when the connection breaks and nothing gets further [default: 10min]
+    #[arg(long, value_name = "TIME", default_value = "10min", hide_default_value = true, value_parser = types::parse_duration)]
+    pub reconnect_for: Duration,
 }
 
 /// Flags of `build`.

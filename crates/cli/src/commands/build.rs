@@ -6,7 +6,7 @@ use std::process::Stdio;
 use hearth_proto::v1::Image;
 
 use super::upload;
-use crate::args::image::{BuildArgs, ImageFormat, ImportArgs};
+use crate::args::image::{BuildArgs, DEFAULT_RECONNECT, ImageFormat, ImportArgs};
 use crate::client::Client;
 use crate::error::CliError;
 
@@ -42,6 +42,7 @@ pub async fn build(client: &Client, args: BuildArgs) -> Result<Image, CliError> 
         format: Some(ImageFormat::Raw),
         register: args.register,
         client_token: None,
+        reconnect_for: DEFAULT_RECONNECT,
     };
     upload::import(client, import).await
 }

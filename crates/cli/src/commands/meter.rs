@@ -12,6 +12,7 @@ pub struct Meter {
     pub bar: ProgressBar,
     terminal: bool,
     last_line: std::cell::Cell<Option<Instant>>,
+    last_reason: std::cell::RefCell<String>,
 }
 
 impl Meter {
@@ -24,7 +25,7 @@ impl Meter {
             bar.set_style(style);
         }
         bar.set_message(step.to_owned());
-        Self { bar, terminal, last_line: std::cell::Cell::new(None) }
+        Self { bar, terminal, last_line: std::cell::Cell::new(None), last_reason: std::cell::RefCell::default() }
     }
 
     pub fn show(&self, step: &str, done: u64, total: u64) {
@@ -37,6 +38,26 @@ impl Meter {
         } else if self.last_line.get().is_none_or(|last| last.elapsed() > Duration::from_secs(5)) {
             self.last_line.set(Some(Instant::now()));
             eprintln!("{step} {}", human::progress(done, total));
+        }
+    }
+
+    /// Something that is said once.
+    pub fn note(&self, text: &str) {
+        self.last_reason.borrow_mut().clear();
+        match self.terminal {
+            true => self.bar.println(text),
+            false => eprintln!("{text}"),
+        }
+    }
+
+    /// Work stands still for this reason, and is tried again for `left`.
+    pub fn wait(&self, reason: &str, left: Duration) {
+        let left = human::duration(left);
+        if self.terminal {
+            self.bar.set_message(format!("reconnecting, for another {left}: {reason}"));
+        } else if *self.last_reason.borrow() != reason {
+            self.last_reason.replace(reason.to_owned());
+            eprintln!("reconnecting, for {left}: {reason}");
         }
     }
 }

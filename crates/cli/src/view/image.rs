@@ -13,6 +13,18 @@ pub fn state_name(state: ImageState) -> String {
     enum_name(state.as_str_name(), "IMAGE_STATE_")
 }
 
+/// With how far a pending import is.
+fn state_cell(image: &Image) -> String {
+    let state = state_name(image.state());
+    match &image.progress {
+        Some(progress) => {
+            let share = human::progress(progress.done_bytes, progress.total_bytes);
+            format!("{state}, {} {share}", progress.step).trim_end().to_owned()
+        }
+        None => state,
+    }
+}
+
 /// The snapshots of its disks.
 pub fn snapshot_ids(image: &Image) -> Vec<String> {
     let volumes = image.block_device_mappings.iter().filter_map(|mapping| mapping.ebs.as_ref());
@@ -54,7 +66,7 @@ impl View for Image {
         vec![
             self.image_id.clone(),
             self.name.clone(),
-            state_name(self.state()),
+            state_cell(self),
             human::bytes(self.size_bytes),
             human::age(&self.creation_date, OffsetDateTime::now_utc()),
             self.root_device_type.clone(),
@@ -71,6 +83,10 @@ impl View for Image {
             "description": self.description,
             "state": state_name(self.state()),
             "state_reason": reason(self.state_reason.as_ref()),
+            "progress": self.progress.as_ref().map(|progress| json!({
+                "step": progress.step, "done_bytes": progress.done_bytes, "total_bytes": progress.total_bytes,
+            })),
+            "upload_expires": self.upload_expires,
             "architecture": self.architecture,
             "size_bytes": self.size_bytes,
             "root_device_name": self.root_device_name,

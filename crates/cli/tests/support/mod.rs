@@ -17,6 +17,7 @@ use hearth_proto::v1::snapshot_service_server::SnapshotServiceServer;
 use hearth_proto::v1::storage_service_server::StorageServiceServer;
 use hearth_proto::v1::volume_service_server::VolumeServiceServer;
 use hearth_proto::v1::*;
+use hearth_snapshot::{PIECE_BYTES, PrefixDigest};
 pub use storage::Storage;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -60,7 +61,26 @@ pub struct State {
     pub exported: Vec<ExportImageRequest>,
     pub upload: Vec<u8>,
     pub upload_messages: usize,
-    pub upload_header: Option<ImportImageHeader>,
+    /// Bytes that came as bytes.
+    pub upload_bytes: u64,
+    pub upload_headers: Vec<ImportImageHeader>,
+    /// After so many bytes (0: as soon as it has begun) the next upload breaks off.
+    pub upload_breaks: VecDeque<u64>,
+    /// Uploads whose client said that it was all.
+    pub upload_ends: usize,
+}
+
+impl State {
+    /// Where an upload goes on, as the control plane says it.
+    fn position(&mut self) -> UploadPosition {
+        let whole = self.upload.len() / PIECE_BYTES as usize * PIECE_BYTES as usize;
+        self.upload.truncate(whole);
+        let pieces = self.upload.chunks(PIECE_BYTES as usize).enumerate();
+        let digest = pieces
+            .fold(PrefixDigest::default(), |digest, (number, piece)| digest.with(number as u64 * PIECE_BYTES, piece));
+        let digest = digest.as_bytes().to_vec().into();
+        UploadPosition { image_id: format!("ami-{:017x}", 7), offset: whole as u64, digest }
+    }
 }
 
 #[derive(Clone, Default)]
@@ -269,24 +289,54 @@ impl ImageService for Fake {
         let (sender, receiver) = mpsc::channel(16);
         let state = self.state.clone();
         tokio::spawn(async move {
+            let mut left = u64::MAX;
+            let broken = || Err(Status::unavailable("restarting"));
             while let Ok(Some(message)) = upload.message().await {
-                let mut state = state.lock().unwrap();
-                state.upload_messages += 1;
-                match message.message {
-                    Some(Upload::Header(header)) => state.upload_header = Some(header),
-                    Some(Upload::Chunk(chunk)) => state.upload.extend_from_slice(&chunk),
-                    Some(Upload::Zeros(count)) => {
-                        let length = state.upload.len() + count as usize;
-                        state.upload.resize(length, 0);
+                let answers = {
+                    let mut state = state.lock().unwrap();
+                    state.upload_messages += 1;
+                    match message.message {
+                        Some(Upload::Header(header)) => {
+                            state.upload_headers.push(header);
+                            left = state.upload_breaks.pop_front().unwrap_or(u64::MAX);
+                            let position = ImportImageResponse { upload: Some(state.position()), ..Default::default() };
+                            [Some(Ok(position)), (left == 0).then(broken)]
+                        }
+                        Some(Upload::Chunk(chunk)) => {
+                            state.upload_bytes += chunk.len() as u64;
+                            left = left.saturating_sub(chunk.len() as u64);
+                            state.upload.extend_from_slice(&chunk);
+                            [None, (left == 0).then(broken)]
+                        }
+                        Some(Upload::Zeros(count)) => {
+                            let length = state.upload.len() + count as usize;
+                            state.upload.resize(length, 0);
+                            [None, None]
+                        }
+                        None => [None, None],
                     }
-                    None => {}
+                };
+                let breaks = answers[1].is_some();
+                for answer in answers.into_iter().flatten() {
+                    let _ = sender.send(answer).await;
+                }
+                if breaks {
+                    return;
                 }
             }
+            let header = {
+                let mut state = state.lock().unwrap();
+                state.upload_ends += 1;
+                state.upload_headers.last().cloned().unwrap_or_default()
+            };
+            if state.lock().unwrap().upload.len() as u64 != header.file_bytes {
+                return;
+            }
             let progress = Progress { done_bytes: 1, total_bytes: 2, step: "converting".to_owned() };
-            let _ = sender.send(Ok(ImportImageResponse { progress: Some(progress), image: None })).await;
-            let name = state.lock().unwrap().upload_header.clone().unwrap_or_default().name;
+            let _ = sender.send(Ok(ImportImageResponse { progress: Some(progress), ..Default::default() })).await;
+            let name = header.name;
             let image = Image { image_id: format!("ami-{:017x}", 7), name, ..Image::default() };
-            let _ = sender.send(Ok(ImportImageResponse { progress: None, image: Some(image) })).await;
+            let _ = sender.send(Ok(ImportImageResponse { image: Some(image), ..Default::default() })).await;
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use hearth_proto::record::v1 as rec;
 use hearth_proto::v1;
 use hearth_store::Txn;
 
@@ -12,29 +13,19 @@ use crate::core::Core;
 use crate::error::ControlError;
 use crate::files;
 use crate::keys;
+use crate::service::Api;
 use crate::service::create_image::is_made_of_others;
+use crate::service::import::{self, spool};
 use crate::service::store_image::is_being_restored;
-use crate::service::{Api, import};
+use crate::tables::Tables;
 
-/// Takes back imports that a crash has interrupted, finishes other snapshots that this control plane was making, and removes
-/// files without a record.
+/// Takes back interrupted uploads that nobody can go on with, finishes other snapshots that this control plane was making, and
+/// removes files without a record.
 pub(crate) async fn clean_up_after_crash(core: &Arc<Core>) -> Result<(), ControlError> {
-    let imports: Vec<_> = {
-        let tables = core.tables();
-        let pending = tables.images.values().filter(|entry| {
-            !matches!(
-                entry.status.as_ref().map(|status| status.state()),
-                Some(v1::ImageState::Available | v1::ImageState::Failed)
-            )
-        });
-        pending
-            .filter_map(|entry| entry.spec.clone())
-            .filter(|spec| !is_made_of_others(spec) && !is_being_restored(&tables, &spec.image_id))
-            .collect()
-    };
-    for spec in imports {
-        tracing::warn!(image = spec.image_id, name = spec.name, "an import was interrupted; it is taken back");
-        let taken = import::take_back(core, &spec).await;
+    let (lost, kept) = interrupted_imports(&core.tables());
+    for spec in lost {
+        tracing::warn!(image = spec.image_id, name = spec.name, "an upload was interrupted; the import is taken back");
+        let taken = core.commit(import::take_back_txn(&spec)).await;
         taken.map_err(|error| {
             tracing::error!(image = spec.image_id, %error, "an interrupted import could not be taken back");
             ControlError::Stopped("the clean-up of images")
@@ -48,7 +39,26 @@ pub(crate) async fn clean_up_after_crash(core: &Arc<Core>) -> Result<(), Control
             tracing::warn!(snapshot = spec.snapshot_id, %error, "an interrupted snapshot could not be finished");
         }
     }
-    remove_others(&core.config.spool_dir(), &HashSet::new())
+    remove_others(&core.config.spool_dir(), &kept)
+}
+
+/// Imports that a crash has cut off for good, and the spool files of the others.
+fn interrupted_imports(tables: &Tables) -> (Vec<rec::ImageSpec>, HashSet<String>) {
+    let (mut lost, mut kept) = (Vec::new(), HashSet::new());
+    for (id, entry) in &tables.images {
+        let ended = matches!(
+            entry.status.as_ref().map(|status| status.state()),
+            Some(v1::ImageState::Available | v1::ImageState::Failed)
+        );
+        let open = entry.spec.as_deref().filter(|spec| !ended && !is_made_of_others(spec));
+        let Some(spec) = open.filter(|_| !is_being_restored(tables, id)) else { continue };
+        match import::pending(tables, id) {
+            Some(found) if found.is_whole() || found.job.resumable => _ = kept.insert(spool::name(id)),
+            // Also those of releases that kept no uploads.
+            _ => lost.push(spec.clone()),
+        }
+    }
+    (lost, kept)
 }
 
 /// Removes all files in a folder but these.
@@ -70,7 +80,8 @@ fn remove_others(folder: &Path, keep: &HashSet<String>) -> Result<(), ControlErr
     if removed { files::sync_dir(folder) } else { Ok(()) }
 }
 
-/// Lets images go on that are made of instances and other images, and forgets deregistered ones.
+/// Lets images go on that are imported, or made of instances and other images, and forgets deregistered ones and uploads that
+/// nobody goes on with.
 pub(crate) async fn advance(core: &Arc<Core>) -> ApiResult<()> {
     let (pending, deregistered) = {
         let tables = core.tables();
@@ -106,5 +117,17 @@ pub(crate) async fn advance(core: &Arc<Core>) -> ApiResult<()> {
     for txn in deregistered {
         core.commit(txn).await?;
     }
+    import::convert::advance(core);
+    for id in abandoned(core) {
+        tracing::warn!(image = id, "nobody has gone on with an upload for too long; the import is taken back");
+        import::give_up(core, &id).await?;
+    }
     Ok(())
+}
+
+fn abandoned(core: &Core) -> Vec<String> {
+    let tables = core.tables();
+    let is_abandoned =
+        |id: &&String| import::pending(&tables, id).is_some_and(|found| import::is_abandoned(core, &found));
+    tables.images.keys().filter(is_abandoned).cloned().collect()
 }

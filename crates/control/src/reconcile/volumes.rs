@@ -11,7 +11,7 @@ use crate::backends;
 use crate::core::{Core, encode};
 use crate::keys;
 use crate::life;
-use crate::service::{attach, snapshot, snapshot_set, store_image};
+use crate::service::{attach, import, snapshot, snapshot_set, store_image};
 use crate::storage;
 use crate::tables::{Tables, Versioned};
 use crate::volumes;
@@ -112,10 +112,11 @@ pub(crate) async fn snapshots(core: &Arc<Core>) -> ApiResult<()> {
     Ok(())
 }
 
-/// Snapshots that this control plane was making when it ended; imports have been taken back.
+/// Snapshots that this control plane was making when it ended, but for those of imports and tasks, which go on by themselves.
 pub(crate) fn interrupted(tables: &Tables) -> Vec<rec::SnapshotSpec> {
     let pending =
         tables.snapshots.values().filter(|entry| snapshot::state_of(entry.status.as_deref()) == SnapshotState::Pending);
     let ours = pending.filter_map(|entry| entry.spec.as_deref()).filter(|spec| spec.host_id.is_empty());
-    ours.filter(|spec| !store_image::is_being_restored(tables, &spec.snapshot_id)).cloned().collect()
+    let goes_on = |id: &str| store_image::is_being_restored(tables, id) || import::is_being_imported(tables, id);
+    ours.filter(|spec| !goes_on(&spec.snapshot_id)).cloned().collect()
 }

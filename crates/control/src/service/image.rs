@@ -14,7 +14,7 @@ use crate::api_error::{ApiError, ApiResult};
 use crate::auth;
 use crate::check;
 use crate::clock;
-use crate::core::encode;
+use crate::core::{Core, encode};
 use crate::keys;
 use crate::listing::Listing;
 use crate::tables::{ImageEntry, Tables, Versioned};
@@ -78,7 +78,20 @@ pub(crate) fn view(spec: &rec::ImageSpec, status: Option<&rec::ImageStatus>) -> 
         root_device_type: if spec.image_location.is_empty() { "ebs" } else { "instance-store" }.to_owned(),
         block_device_mappings: spec.block_device_mappings.clone(),
         image_location: spec.image_location.clone(),
+        progress: None,
+        upload_expires: String::new(),
     }
+}
+
+/// [`view`] with what is to be told of an import that has not ended.
+fn current_view(core: &Core, tables: &Tables, spec: &rec::ImageSpec, status: Option<&rec::ImageStatus>) -> v1::Image {
+    let mut image = view(spec, status);
+    if let Some(found) = import::pending(tables, &spec.image_id) {
+        let (progress, upload_expires) = import::seen(core, &found);
+        image.progress = Some(progress);
+        image.upload_expires = upload_expires;
+    }
+    image
 }
 
 fn state_name(state: v1::ImageState) -> &'static str {
@@ -178,7 +191,10 @@ impl Api {
             .images
             .iter()
             .filter(|(id, _)| listing.wants(id))
-            .filter_map(|(_, entry)| Some(view(visible(&tables, account, entry)?, entry.status.as_deref())))
+            .filter_map(|(_, entry)| {
+                let spec = visible(&tables, account, entry)?;
+                Some(current_view(&self.core, &tables, spec, entry.status.as_deref()))
+            })
             .filter(|image| listing.matches(|name| filter_values(image, name)))
             .collect();
         let (images, page) = listing.page(&found, |image| &image.image_id);
@@ -186,6 +202,11 @@ impl Api {
     }
 
     async fn do_deregister_image(&self, account: &str, id: &str, with_snapshots: bool) -> ApiResult<()> {
+        find_own(&self.core.tables(), account, id)?;
+        if import::give_up(&self.core, id).await? {
+            tracing::info!(image = id, "an import was given up as asked");
+            return Ok(());
+        }
         let mut snapshots = Vec::new();
         self.core
             .update(|tables| {
@@ -195,12 +216,15 @@ impl Api {
                 let entry = tables.images.get(id);
                 let state = entry.and_then(|entry| entry.status.as_ref()).map(|status| status.state());
                 if matches!(state, None | Some(v1::ImageState::Pending)) {
-                    let message = format!("image {id} is still being imported");
+                    let message = format!("image {id} is still being made");
                     return Err(ApiError::wrong_state("IncorrectImageState", message).with("image_id", id));
                 }
                 let new = rec::ImageSpec { deregistered: true, ..(*spec.value).clone() };
                 let key = keys::image_spec(account, id);
                 let mut txn = Txn::new().compare_mod_revision(&key, spec.revision).put(&key, encode(&new));
+                if spec.import.is_some() {
+                    txn = import::forget_token(txn, spec);
+                }
                 // A failed import has given its name back already.
                 if state == Some(v1::ImageState::Available) {
                     txn = txn.delete(keys::image_name(account, &spec.name));
@@ -354,7 +378,7 @@ impl v1::image_service_server::ImageService for Api {
         let account = auth::caller(&request)?.account_id;
         let tables = self.core.tables();
         let (spec, status) = find(&tables, &account, &request.get_ref().image_id)?;
-        Ok(Response::new(view(spec, status)))
+        Ok(Response::new(current_view(&self.core, &tables, spec, status)))
     }
 
     async fn deregister_image(

@@ -20,11 +20,6 @@ use crate::tables::{SCHEMA_VERSION, Tables};
 
 const MAX_DESCRIPTION_CHARS: usize = 1000;
 
-fn name_taken(name: &str) -> ApiError {
-    let message = format!("there is an image named '{name}' already");
-    ApiError::duplicate("InvalidAMIName.Duplicate", message).with("name", name)
-}
-
 /// Records of a new image, with its name and token taken.
 fn register_txn(
     tables: &Tables,
@@ -34,9 +29,7 @@ fn register_txn(
     token: Option<&ClientToken>,
 ) -> ApiResult<Txn> {
     let (account, id) = (&spec.account_id, &spec.image_id);
-    if import::taken(tables, account, &spec.name) {
-        return Err(name_taken(&spec.name));
-    }
+    import::check_name_is_free(tables, account, &spec.name)?;
     let name_key = keys::image_name(account, &spec.name);
     let txn = txn
         .compare_absent(&name_key)

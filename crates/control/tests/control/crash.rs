@@ -20,7 +20,7 @@ use crate::agent::FakeAgent;
 use crate::cloud::{Cloud, User, config, request};
 
 /// A store that is gone after so many transactions.
-struct Mortal {
+pub struct Mortal {
     inner: Arc<SqliteStore>,
     left: AtomicI64,
     /// Whether the last transaction still takes effect, without its answer arriving.
@@ -28,6 +28,14 @@ struct Mortal {
 }
 
 impl Mortal {
+    pub fn new(inner: Arc<SqliteStore>, left: i64, last_counts: bool) -> Arc<Self> {
+        Arc::new(Self { inner, left: AtomicI64::new(left), last_counts })
+    }
+
+    pub fn die(&self) {
+        self.left.store(-1, Ordering::SeqCst);
+    }
+
     fn dead(&self) -> bool {
         self.left.load(Ordering::SeqCst) < 0
     }

@@ -17,6 +17,7 @@ mod encryption;
 mod fast_restore;
 mod hostile;
 mod images;
+mod imports;
 mod lease;
 mod life;
 mod lists;
