@@ -6,6 +6,8 @@ use v1::import_image_request::Message;
 
 use crate::agent::FakeAgent;
 use crate::cloud::{Cloud, disk_bytes, header, reason, request};
+use crate::disks::until;
+use crate::imports::spooled;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_arrives_whole_as_a_snapshot_and_goes_without_harm_to_its_instances() {
@@ -15,7 +17,7 @@ async fn an_image_arrives_whole_as_a_snapshot_and_goes_without_harm_to_its_insta
     let mut user = cloud.user().await;
     let image = user.import("debian").await;
     assert_eq!((image.size_bytes, image.root_device_type.as_str()), (1 << 20, "ebs"));
-    assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
+    until("the spool is empty", || async { (spooled(dir.path()) == 0).then_some(()) }).await;
     let root = image.block_device_mappings[0].ebs.clone().unwrap();
     let request_snapshot = v1::GetSnapshotRequest { snapshot_id: root.snapshot_id.clone() };
     let snapshot = user.snapshots.get_snapshot(request_snapshot).await.unwrap().into_inner();
@@ -121,7 +123,7 @@ async fn uploads_that_break_off_leave_nothing() {
     let other = v1::ImportImageHeader { description: "x".into(), ..with_token };
     assert_eq!(reason(&user.import_bytes(other, vec![]).await.unwrap_err()), "IdempotentParameterMismatch");
     assert_eq!(user.images.list_images(v1::ListImagesRequest::default()).await.unwrap().into_inner().images.len(), 1);
-    assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0);
+    until("the spool is empty", || async { (spooled(dir.path()) == 0).then_some(()) }).await;
     let snapshots =
         user.snapshots.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap().into_inner().snapshots;
     assert_eq!(snapshots.len(), 1, "what broke off has left no snapshot");

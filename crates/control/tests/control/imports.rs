@@ -125,7 +125,8 @@ async fn deregister(user: &mut User, id: &str) {
     user.images.deregister_image(request).await.unwrap();
 }
 
-fn spooled(state: &Path) -> usize {
+/// Files of uploads.
+pub fn spooled(state: &Path) -> usize {
     std::fs::read_dir(state.join("spool")).unwrap().count()
 }
 
