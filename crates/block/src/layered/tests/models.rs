@@ -236,6 +236,11 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     shuttle::check_random(model, SCHEDULES);
 }
 
+/// A model with one thread has one schedule.
+fn check_once(model: impl Fn() + Send + Sync + 'static) {
+    shuttle::check_random(model, 1);
+}
+
 /// Parts of one block that is not LOCAL, a whole block beside it, and readers: each write stays, and the rest is the base's.
 #[test]
 fn writers_of_one_block_do_not_lose_each_others_sectors() {
@@ -334,30 +339,30 @@ fn a_frozen_chunk_is_handed_over_before_it_changes() {
 /// The agent asks for many chunks, and the guest writes to another frozen one: its copy does not wait for all of those.
 #[test]
 fn a_write_does_not_wait_for_all_that_the_agent_asks_for() {
-    check(|| {
+    check_once(|| {
         let volume = Volume::new();
         let mut queue = volume.queue();
-        let frozen: Vec<u64> = (2..12).collect();
+        let frozen: Vec<u64> = (2..8).collect();
         volume.freeze(&mut queue, &frozen);
-        frozen.iter().take(9).for_each(|chunk| volume.demand(*chunk));
+        frozen.iter().take(5).for_each(|chunk| volume.demand(*chunk));
         queue.core.turn();
         let mut bytes = [0; 512];
-        queue.begin_write(11 * CHUNK_SECTORS, &mut bytes);
+        queue.begin_write(7 * CHUNK_SECTORS, &mut bytes);
         while !queue.core.has_done() {
             assert!(queue.step(), "the write waits for nothing");
         }
         let staged = volume.shared.coord().freeze.staged.len();
-        assert!(staged <= 5, "{staged} chunks came first");
+        assert!(staged <= 3, "{staged} chunks came first");
         queue.core.pop_done().unwrap().result.unwrap();
         while queue.step() {}
-        assert_eq!(volume.shared.coord().freeze.staged.len(), 10);
+        assert_eq!(volume.shared.coord().freeze.staged.len(), 6);
     });
 }
 
 /// What the agent asks one queue for while the guest's copies on another leave no room is done when these end.
 #[test]
 fn what_the_agent_asks_for_goes_on_when_another_queue_has_copied() {
-    check(|| {
+    check_once(|| {
         let volume = Volume::new();
         let (mut asked, mut busy) = (volume.queue(), volume.queue());
         volume.freeze(&mut asked, &[2, 3, 4]);
