@@ -119,7 +119,7 @@ fn invariant_1_flushed_data_survives_any_crash() {
     for (during, least) in [
         (During::Traffic, CRASHES / 3),
         (During::Opening, CRASHES / 10),
-        (During::Replay, CRASHES / 100),
+        (During::Replay, CRASHES / 250),
         (During::Closing, CRASHES / 50),
         (During::Growth, CRASHES / 50),
         (During::Clearing, CRASHES / 200),
