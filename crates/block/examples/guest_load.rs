@@ -79,8 +79,9 @@ impl Worker {
         let all = Box::leak(vec![0x5A; (depth + 1) * BLOCK].into_boxed_slice());
         let skip = all.as_ptr().align_offset(BLOCK);
         let buffers: Vec<_> = all[skip..].chunks_exact_mut(BLOCK).take(depth).collect();
-        let mut worker =
-            Self { ring, began: vec![Instant::now(); depth], buffers, write, blocks, random: 0x9e37_79b9_7f4a_7c15 };
+        // Other content each time: a snapshot does not upload again what it has.
+        let random = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1;
+        let mut worker = Self { ring, began: vec![Instant::now(); depth], buffers, write, blocks, random };
         // Content that does not compress.
         for slot in 0..depth {
             for at in (0..BLOCK).step_by(8) {
