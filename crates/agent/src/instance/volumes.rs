@@ -543,6 +543,9 @@ pub(super) async fn follow(slot: &mut Slot, attachment: &Attachment, disks: &dyn
         }
     }
     slot.untold &= again;
+    if !again {
+        slot.error.clear();
+    }
     again
 }
 

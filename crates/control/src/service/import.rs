@@ -28,6 +28,7 @@ use crate::check;
 use crate::clock;
 use crate::core::{Commit, Core, encode, id_value};
 use crate::keys;
+use crate::quotas::{self, Wanted};
 use crate::tables::{SCHEMA_VERSION, Tables, Versioned};
 
 pub(crate) mod convert;
@@ -273,8 +274,13 @@ async fn reserve(core: &Core, spec: rec::ImageSpec, token: Option<&ClientToken>)
         if let Some(known) = known(core, token, account)? {
             return Ok(known);
         }
-        check_name_is_free(&core.tables(), account, &spec.name)?;
-        if core.commit(txn.clone()).await? == Commit::Done {
+        let txn = {
+            let tables = core.tables();
+            check_name_is_free(&tables, account, &spec.name)?;
+            let wanted = Wanted { images: 1, snapshots: 1, ..Wanted::default() };
+            quotas::check(&core.config, &tables, account, &wanted)?.apply(txn.clone())
+        };
+        if core.commit(txn).await? == Commit::Done {
             return Ok(Begun::Open(id.clone()));
         }
     }
