@@ -443,7 +443,7 @@ fn bombs_and_huge_counts_take_little_memory() {
     let mut forged = Forged::honest();
     forged.disks = vec![(MAX_BYTES, MAX_BYTES / CHUNK_BYTES as u64); 256];
     for (number, entry) in forged.entries.iter_mut().enumerate() {
-        (entry.disk, entry.chunk) = (number as u16, u64::MAX / CHUNK_BYTES as u64 - number as u64 & 0x7ff_ffff);
+        (entry.disk, entry.chunk) = (number as u16, (u64::MAX / CHUNK_BYTES as u64 - number as u64) & 0x7ff_ffff);
     }
     let before = peak();
     run(check(&forged));

@@ -210,10 +210,9 @@ impl InstanceTask {
                 observed_reboot_generation: self.record.observed_reboot_generation,
                 guest_responded: self.responded && state == ObservedState::Running,
                 boot_count: self.record.boot_count,
-                volumes: self
-                    .spec
-                    .as_ref()
-                    .map_or(Vec::new(), |spec| self.slots.reports(self.vmm.is_some(), &spec.volumes)),
+                volumes: self.spec.as_ref().map_or(Vec::new(), |spec| {
+                    self.slots.reports(self.vmm.is_some(), self.record.phase == Phase::Stopped, &spec.volumes)
+                }),
                 ..InstanceReport::default()
             },
         );

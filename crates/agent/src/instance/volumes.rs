@@ -274,8 +274,8 @@ impl Slots {
         local.filter_map(|slot| Some((slot.volume.volume_id.parse().ok()?, slot.volume.attach_generation))).collect()
     }
 
-    /// What is told of them.
-    pub fn reports(&self, running: bool, wanted: &[Attachment]) -> Vec<AttachedVolumeReport> {
+    /// What is told of them. With neither a VMM nor rest, a VMM may be there that nobody has looked for yet: sizes are not known.
+    pub fn reports(&self, running: bool, at_rest: bool, wanted: &[Attachment]) -> Vec<AttachedVolumeReport> {
         if running {
             return self.0.iter().map(Slot::report).collect();
         }
@@ -288,7 +288,7 @@ impl Slots {
             volume_id: attachment.volume.volume_id.clone(),
             attach_generation: attachment.volume.attach_generation,
             state: state(attachment).into(),
-            size_bytes: attachment.volume.size_bytes,
+            size_bytes: if at_rest { attachment.volume.size_bytes } else { 0 },
             ..AttachedVolumeReport::default()
         };
         wanted.iter().map(report).collect()

@@ -266,7 +266,7 @@ impl Life {
             }
             let attachments = std::slice::from_ref(attachment);
             self.slots.approach(attachments, &self.volumes, &self.snapshots, &disks, 1, |_| false).await;
-            let report = self.slots.reports(true, attachments).pop().unwrap_or_default();
+            let report = self.slots.reports(true, false, attachments).pop().unwrap_or_default();
             if wanted(&report) {
                 return report;
             }

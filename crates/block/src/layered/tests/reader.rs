@@ -23,7 +23,7 @@ fn seen(folder: &Path) -> Vec<u8> {
 }
 
 /// A guest at random; `model` is what the volume holds.
-fn work(volume: &LayeredVolume, rng: &mut Rng, model: &mut Vec<u8>) {
+fn work(volume: &LayeredVolume, rng: &mut Rng, model: &mut [u8]) {
     let mut queue = volume.open_queue(4).unwrap();
     for _ in 0..60 {
         let size = model.len() as u64;
