@@ -121,8 +121,8 @@ impl Storm {
 
     /// Waits for the end of a call; an acknowledged one must have been carried out.
     fn end(&mut self, call: Call) {
-        let acknowledged =
-            call.children.into_iter().fold(false, |any, mut child| child.wait().unwrap().success() || any);
+        let ends: Vec<bool> = call.children.into_iter().map(|mut child| child.wait().unwrap().success()).collect();
+        let acknowledged = ends.contains(&true);
         let (cloud, volume) = (&self.cloud, &mut self.volumes[call.volume]);
         let mut found = None;
         wait_until(PATIENCE, || {
@@ -138,14 +138,14 @@ impl Storm {
     /// The guest that has a volume finds in it what was flushed last, and writes something else; the others do not see it.
     fn look(&mut self, number: usize, forced: bool) {
         let id = self.volumes[number].id.clone();
-        for guest in 0..GUESTS.len() {
+        for (guest, name) in GUESTS.iter().enumerate() {
             if self.volumes[number].with == Some(guest) {
                 let console = self.console(guest);
                 let device = disk(console, &id);
                 self.write(number, guest, &device);
             } else if !forced {
                 let console = self.console(guest);
-                assert!(wait_until(PATIENCE, || find_disk(console, &id).is_none()), "{} still has {id}", GUESTS[guest]);
+                assert!(wait_until(PATIENCE, || find_disk(console, &id).is_none()), "{name} still has {id}");
             }
         }
     }

@@ -41,9 +41,12 @@ impl Found {
     }
 }
 
+/// What one round of a load measures, as its loop names it.
+type Round = (f64, f64, f64);
+
 /// Rounds of all loads on all guests that take turns.
 pub fn run(guests: &mut [Guest], rounds: usize, seconds: f64) -> Value {
-    let mut figures: BTreeMap<(&str, String), Vec<(f64, f64, f64)>> = BTreeMap::new();
+    let mut figures: BTreeMap<(&str, String), Vec<Round>> = BTreeMap::new();
     for round in 0..rounds {
         for (name, what, depth) in LOADS {
             for turn in 0..guests.len() {
