@@ -41,7 +41,7 @@ impl Found {
     }
 }
 
-/// What one round of a load measures, as its loop names it.
+/// Operations per second, exits for each, and the 99th percentile of latencies in microseconds.
 type Round = (f64, f64, f64);
 
 /// Rounds of all loads on all guests that take turns.
