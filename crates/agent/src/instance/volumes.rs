@@ -15,7 +15,7 @@ use tokio::time::{Duration, Instant, timeout};
 use super::Attachment;
 use super::network::{self, Remote};
 use crate::launch::{Backing, Disk, DiskControl, DiskLimits, LayeredBacking};
-use crate::storage::{Base, HostVolumes, Placed, Snapshots, VolumeError, is_network};
+use crate::storage::{Base, HostVolumes, Placed, Reader, Snapshots, VolumeError, is_network};
 
 /// How long a guest may take to let go of a disk before it counts as busy.
 const BUSY_AFTER: Duration = Duration::from_secs(15);
@@ -44,6 +44,8 @@ pub struct Slot {
     missed_last: Option<u64>,
     /// That was behind the one before.
     reads_on: bool,
+    /// A VMM was started with it by this agent: what the guest waits for belongs to the working set of its image.
+    launched: bool,
     /// Held so that the base tells of chunks that come.
     _listener: Option<Listener>,
     pub(super) state: ObservedAttachment,
@@ -138,6 +140,7 @@ impl Slot {
             missed: BTreeSet::new(),
             missed_last: None,
             reads_on: false,
+            launched: false,
             _listener: None,
             state,
             asked: None,
@@ -203,6 +206,7 @@ impl Slots {
     /// Those that a VMM was started with.
     pub fn begin(&mut self, slots: Vec<Slot>) {
         self.0 = slots;
+        self.0.iter_mut().for_each(|slot| slot.launched = true);
     }
 
     /// The VMM is gone, and every volume with it.
@@ -254,7 +258,9 @@ impl Slots {
                     slot.orphan = false;
                     slot.follow_base(placed.base.as_ref(), caller(slot.serial.clone(), disks.clone()));
                     if let Some(base) = &slot.base {
-                        std::mem::take(&mut slot.missed).into_iter().for_each(|chunk| base.want(chunk, true));
+                        std::mem::take(&mut slot.missed)
+                            .into_iter()
+                            .for_each(|chunk| base.want(chunk, Reader::Waiting));
                     }
                 }
                 Err(error) => {
@@ -323,19 +329,23 @@ impl Slots {
                     }
                     return;
                 };
+                let reader = if slot.launched { Reader::Launch } else { Reader::Waiting };
                 for chunk in chunks {
-                    base.want(*chunk, true);
+                    base.want(*chunk, reader);
                 }
                 for chunk in chunks {
                     // Guests read here and there when they boot: most of what stands behind that is never wanted.
-                    let before =
-                        std::mem::replace(&mut slot.reads_on, reads_on(slot.missed_last.replace(*chunk), *chunk));
+                    let last = slot.missed_last.replace(*chunk);
+                    let before = std::mem::replace(&mut slot.reads_on, reads_on(last, *chunk));
+                    if let (true, true, Some(last)) = (slot.launched, slot.reads_on, last) {
+                        (last + 1..*chunk).for_each(|chunk| base.note(chunk));
+                    }
                     let ahead = match (before, slot.reads_on) {
                         (_, false) => 0,
                         (false, true) => READ_AHEAD.0,
                         (true, true) => READ_AHEAD.1,
                     };
-                    (1..=ahead).for_each(|ahead| base.want(chunk.saturating_add(ahead), false));
+                    (1..=ahead).for_each(|ahead| base.want(chunk.saturating_add(ahead), Reader::Nobody));
                 }
             }
             Event::VolumeImpaired { serial, cause: why } => {

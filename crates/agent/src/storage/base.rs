@@ -12,6 +12,8 @@ use hearth_block::XtsKey;
 use hearth_block::map::Extent;
 use hearth_snapshot::{CHUNK_BYTES, ChunkStore, Manifest, StorageError};
 use hearth_snapshot::{load_prefetch, store_prefetch};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::sync::{Notify, Semaphore};
@@ -20,17 +22,13 @@ use tokio::time::Instant;
 
 use super::keyring::KeyError;
 use super::presence::Presence;
+use super::working_set::{WorkingSet, unite};
 
 /// Chunks fetched at a time for one base.
 const PARALLEL: usize = 32;
 /// Pauses between tries while the object store does not answer.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
-
-/// The reads of a base belong to the launch until nobody has waited for another chunk for this long,
-const QUIET: Duration = Duration::from_secs(15);
-/// and at most this long after its first use.
-const NOTED_FOR: Duration = Duration::from_secs(120);
-/// How often that is looked at.
+/// How often it is looked whether a launch is over.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Why a base cannot be used.
@@ -82,6 +80,17 @@ impl BaseError {
             Self::Io { .. } => true,
         }
     }
+}
+
+/// For whom a chunk is fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Nobody waits for it yet.
+    Nobody,
+    /// Somebody waits: a guest that has been running, a snapshot in the making.
+    Waiting,
+    /// A guest that boots, or who prepares that, waits: what it reads is fetched ahead by later launches.
+    Launch,
 }
 
 /// One base on this host, which is filled while it lives.
@@ -139,9 +148,10 @@ impl Base {
             data,
             path,
             presence,
-            wanted: Mutex::new(Wanted { touched: Some(Vec::new()), ..Wanted::default() }),
+            wanted: Mutex::default(),
             asked: Notify::new(),
             came: Notify::new(),
+            launched: Notify::new(),
             listeners: Mutex::default(),
         });
         let mut work = vec![
@@ -172,6 +182,8 @@ pub struct Content {
     asked: Notify,
     /// Something has come.
     came: Notify,
+    /// A launch has read something.
+    launched: Notify,
     /// Told after chunks have come.
     listeners: Mutex<Vec<Weak<dyn Fn() + Send + Sync>>>,
 }
@@ -187,11 +199,7 @@ struct Wanted {
     taken: HashSet<u64>,
     /// Somebody waits for them.
     hurried: HashSet<u64>,
-    /// What somebody waited for, in order, while that is of interest: the working set of a launch.
-    touched: Option<Vec<u32>>,
-    touched_once: HashSet<u32>,
-    /// When somebody last asked for a chunk that was not here.
-    asked_last: Option<Instant>,
+    working_set: WorkingSet,
 }
 
 impl Wanted {
@@ -234,24 +242,24 @@ impl Content {
         (self.presence.count(), self.manifest.present_chunks())
     }
 
-    /// Has a chunk fetched, and those that are likely to follow.
-    pub fn want(&self, chunk: u64, urgent: bool) {
+    /// A launch reads a chunk, here or not.
+    pub fn note(&self, chunk: u64) {
+        if self.manifest.entry(chunk).is_some() && self.wanted.lock().working_set.note(chunk) {
+            self.launched.notify_one();
+        }
+    }
+
+    /// Has a chunk fetched.
+    pub fn want(&self, chunk: u64, reader: Reader) {
         if self.presence.has(chunk) || self.manifest.entry(chunk).is_none() {
             return;
         }
+        if reader == Reader::Launch {
+            self.note(chunk);
+        }
         let mut wanted = self.wanted.lock();
-        if urgent {
-            wanted.asked_last = Some(Instant::now());
-        }
-        let Wanted { touched, touched_once, .. } = &mut *wanted;
-        if urgent
-            && let (Some(touched), Ok(chunk)) = (touched, u32::try_from(chunk))
-            && touched_once.insert(chunk)
-        {
-            touched.push(chunk);
-        }
         let new = wanted.known.insert(chunk);
-        if urgent {
+        if reader != Reader::Nobody {
             // It may stand in the other queue as well, and is passed over there.
             if wanted.hurried.insert(chunk) && !wanted.taken.contains(&chunk) {
                 wanted.urgent.push_back(chunk);
@@ -265,7 +273,7 @@ impl Content {
 
     /// Has everything fetched that is not here yet, as fast as it comes, behind what somebody waits for.
     pub fn want_all(&self) {
-        self.manifest.chunks().for_each(|chunk| self.want(chunk, false));
+        self.manifest.chunks().for_each(|chunk| self.want(chunk, Reader::Nobody));
     }
 
     /// Tells `listener` of chunks that come, as long as it lives.
@@ -285,7 +293,7 @@ impl Content {
     }
 
     /// Waits until a chunk is here. May be given up.
-    pub async fn ensure(&self, chunk: u64) {
+    pub async fn ensure(&self, chunk: u64, reader: Reader) {
         loop {
             let came = self.came.notified();
             tokio::pin!(came);
@@ -293,7 +301,7 @@ impl Content {
             if self.presence.has(chunk) || self.manifest.entry(chunk).is_none() {
                 return;
             }
-            self.want(chunk, true);
+            self.want(chunk, reader);
             came.await;
         }
     }
@@ -319,40 +327,37 @@ impl Content {
                 return;
             }
             if self.wanted.lock().known.is_empty() {
-                self.want(chunk, false);
+                self.want(chunk, Reader::Nobody);
             }
             came.await;
         }
     }
 
-    /// Fetches what earlier launches from this snapshot read, in their order; or notes what this one reads, if it is the first.
+    /// Fetches what earlier launches from this snapshot read, in their order, and notes what else the next one reads.
     async fn follow_working_set(self: Arc<Self>) {
         let objects = self.store.objects().clone();
-        match load_prefetch(&*objects, self.manifest.id()).await {
-            Ok(Some(chunks)) => return chunks.into_iter().for_each(|chunk| self.want(u64::from(chunk), false)),
-            Ok(None) => {}
+        let known = match load_prefetch(&*objects, self.manifest.id()).await {
+            Ok(known) => known,
             Err(error) => return tracing::debug!(snapshot = %self.manifest.id(), %error, "reading a prefetch list"),
+        };
+        for chunk in known.iter().flatten() {
+            self.want(u64::from(*chunk), Reader::Nobody);
         }
-        let end = Instant::now() + NOTED_FOR;
-        while Instant::now() < end && !self.is_quiet() {
+        self.launched.notified().await;
+        while !self.is_launch_over() {
             tokio::time::sleep(LOOK).await;
         }
-        let touched = self.wanted.lock().touched.take().unwrap_or_default();
-        if touched.is_empty() {
-            return;
-        }
-        match store_prefetch(&*objects, self.manifest.id(), &touched).await {
-            Ok(()) => {
-                tracing::info!(snapshot = %self.manifest.id(), chunks = touched.len(), "noted what a launch reads")
-            }
+        let touched = self.wanted.lock().working_set.take();
+        let Some(list) = unite(known.as_deref(), &touched, self.manifest.present_chunks()) else { return };
+        match store_prefetch(&*objects, self.manifest.id(), &list).await {
+            Ok(()) => tracing::info!(snapshot = %self.manifest.id(), chunks = list.len(), "noted what launches read"),
             Err(error) => tracing::debug!(snapshot = %self.manifest.id(), %error, "storing a prefetch list"),
         }
     }
 
-    /// Somebody has waited for chunks, all of them are here, and nobody has for a while.
-    fn is_quiet(&self) -> bool {
+    fn is_launch_over(&self) -> bool {
         let wanted = self.wanted.lock();
-        wanted.known.is_empty() && wanted.asked_last.is_some_and(|last| last.elapsed() >= QUIET)
+        wanted.working_set.is_over(wanted.known.is_empty())
     }
 
     async fn run(self: Arc<Self>) {
@@ -398,8 +403,11 @@ impl Content {
         let domain = self.store.domain().clone();
         // It may be here from before this boot: then its bytes tell.
         let kept = tokio::task::spawn_blocking(move || {
-            let mut content = vec![0; CHUNK_BYTES];
             let at = chunk * CHUNK_BYTES as u64;
+            if is_hole(&base.data, at, CHUNK_BYTES as u64) {
+                return false;
+            }
+            let mut content = vec![0; CHUNK_BYTES];
             let read = base.data.read_exact_at(&mut content, at);
             if let Some(key) = &base.key {
                 key.decrypt(&mut content, at);
@@ -425,6 +433,15 @@ impl Content {
         }
         self.presence.set(chunk);
         Ok(())
+    }
+}
+
+/// Whether nothing was ever written there. File systems that cannot tell say no.
+fn is_hole(file: &File, at: u64, length: u64) -> bool {
+    let Ok(from) = i64::try_from(at) else { return false };
+    match lseek(file, from, Whence::SeekData) {
+        Ok(data) => u64::try_from(data).is_ok_and(|data| data >= at.saturating_add(length)),
+        Err(errno) => errno == Errno::ENXIO,
     }
 }
 

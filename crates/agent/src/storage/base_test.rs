@@ -17,6 +17,7 @@ use hearth_proto::v1::{BaseSnapshot, HostVolume, KeyDomain};
 
 use super::*;
 use crate::state::Layout;
+use crate::storage::working_set::{NOTED_FOR, QUIET};
 use crate::storage::{Bases, Evicted, HostVolumes, Keyring};
 
 const SNAPSHOT: &str = "snap-0123456789abcdef0";
@@ -146,11 +147,11 @@ async fn a_chunk_is_fetched_once_for_all_who_wait_for_it() {
     let bases = host(&store, "a", folder.path(), 0);
     let base = bases.get(&wanted).await.unwrap();
     assert!(Arc::ptr_eq(&base, &bases.get(&wanted).await.unwrap()));
-    let waiting = (0..20).map(|_| base.ensure(5));
+    let waiting = (0..20).map(|_| base.ensure(5, Reader::Launch));
     futures::future::join_all(waiting).await;
     assert_eq!((store.chunks.load(Ordering::SeqCst), on_disk(&base, 5)), (1, content(5)));
     // Zeros are nowhere and are not waited for.
-    base.ensure(3).await;
+    base.ensure(3, Reader::Launch).await;
     assert_eq!(store.chunks.load(Ordering::SeqCst), 1);
 }
 
@@ -160,9 +161,9 @@ async fn who_waits_is_told_when_the_store_is_back() {
     let (store, wanted) = store(4).await;
     let base = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
     store.down.store(true, Ordering::SeqCst);
-    assert!(tokio::time::timeout(Duration::from_secs(60), base.ensure(1)).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_secs(60), base.ensure(1, Reader::Launch)).await.is_err());
     store.down.store(false, Ordering::SeqCst);
-    base.ensure(1).await;
+    base.ensure(1, Reader::Launch).await;
     assert_eq!(on_disk(&base, 1), content(1));
 }
 
@@ -172,20 +173,22 @@ async fn what_the_first_launch_reads_is_fetched_ahead_by_later_ones() {
     let (store, wanted) = store(64).await;
     let first = host(&store, "a", &folder.path().join("first"), 0);
     let base = first.get(&wanted).await.unwrap();
-    base.ensure(40).await;
-    base.want(50, false);
+    base.ensure(40, Reader::Launch).await;
+    base.want(50, Reader::Nobody);
+    // A snapshot reads what no launch needs.
+    base.ensure(52, Reader::Waiting).await;
     tokio::time::sleep(QUIET - LOOK).await;
-    base.ensure(2).await;
+    base.ensure(2, Reader::Launch).await;
     // A launch that waits for the object store is not over.
     store.down.store(true, Ordering::SeqCst);
-    assert!(tokio::time::timeout(QUIET * 3, base.ensure(17)).await.is_err());
+    assert!(tokio::time::timeout(QUIET * 3, base.ensure(17, Reader::Launch)).await.is_err());
     store.down.store(false, Ordering::SeqCst);
-    base.ensure(17).await;
+    base.ensure(17, Reader::Launch).await;
     let key = SnapshotKey::new(SNAPSHOT).unwrap();
     assert_eq!(load_prefetch(&*store, &key).await.unwrap(), None);
     tokio::time::sleep(QUIET + LOOK * 2).await;
     // Read ahead, or later: no part of it.
-    base.ensure(60).await;
+    base.ensure(60, Reader::Launch).await;
     tokio::time::sleep(NOTED_FOR * 2).await;
     assert_eq!(load_prefetch(&*store, &key).await.unwrap(), Some(vec![40, 2, 17]));
 
@@ -195,6 +198,28 @@ async fn what_the_first_launch_reads_is_fetched_ahead_by_later_ones() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(store.chunks.load(Ordering::SeqCst), 3);
     assert!([40, 2, 17].iter().all(|chunk| base.has(*chunk)) && !base.has(60));
+    // Volumes that are not launched from change nothing, however long the base is there.
+    base.ensure(61, Reader::Waiting).await;
+    tokio::time::sleep(NOTED_FOR * 2).await;
+    // This launch reads on from 4 to 6; somebody else had 5 fetched.
+    base.ensure(4, Reader::Launch).await;
+    base.note(5);
+    base.ensure(6, Reader::Launch).await;
+    tokio::time::sleep(QUIET + LOOK * 2).await;
+    assert_eq!(load_prefetch(&*store, &key).await.unwrap(), Some(vec![40, 2, 17, 4, 5, 6]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_what_was_written_is_read_before_it_is_fetched() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(folder.path().join("data"));
+    let file = file.unwrap();
+    file.set_len(4 << 20).unwrap();
+    file.write_all_at(&[1], (1 << 20) + 5000).unwrap();
+    assert!(is_hole(&file, 0, 1 << 20) && is_hole(&file, 3 << 20, 1 << 20) && is_hole(&file, 2 << 20, 1 << 20));
+    assert!(!is_hole(&file, 1 << 20, 1 << 20) && !is_hole(&file, 0, 2 << 20));
+    // Beyond its end there is nothing either.
+    assert!(is_hole(&file, 5 << 20, 1 << 20));
 }
 
 #[tokio::test(start_paused = true)]
@@ -216,8 +241,8 @@ async fn after_a_reboot_of_the_host_chunks_are_looked_at_before_they_count() {
     let folder = tempfile::tempdir().unwrap();
     let (store, wanted) = store(4).await;
     let base = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
-    base.ensure(0).await;
-    base.ensure(1).await;
+    base.ensure(0, Reader::Launch).await;
+    base.ensure(1, Reader::Launch).await;
     // Another agent of the same boot believes the bits.
     let again = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
     assert!(again.has(0) && again.has(1));
@@ -227,9 +252,9 @@ async fn after_a_reboot_of_the_host_chunks_are_looked_at_before_they_count() {
     store.chunks.store(0, Ordering::SeqCst);
     let later = host(&store, "b", folder.path(), 0).get(&wanted).await.unwrap();
     assert!(!later.has(0) && !later.has(1));
-    later.ensure(0).await;
+    later.ensure(0, Reader::Launch).await;
     assert_eq!(store.chunks.load(Ordering::SeqCst), 0, "it was whole");
-    later.ensure(1).await;
+    later.ensure(1, Reader::Launch).await;
     assert_eq!((store.chunks.load(Ordering::SeqCst), on_disk(&later, 1)), (1, content(1)));
 }
 
@@ -238,7 +263,7 @@ async fn the_content_of_an_encrypted_snapshot_is_nowhere_in_clear_on_the_host() 
     let folder = tempfile::tempdir().unwrap();
     let (store, wanted) = store_in(8, true).await;
     let base = host(&store, "a", folder.path(), 0).get(&wanted).await.unwrap();
-    base.ensure(5).await;
+    base.ensure(5, Reader::Launch).await;
     let mut on_disk = on_disk(&base, 5).to_vec();
     let repeated = |bytes: &[u8]| bytes.windows(16).filter(|window| window.iter().all(|byte| *byte == 6)).count();
     assert_eq!(repeated(&on_disk), 0);
@@ -247,7 +272,7 @@ async fn the_content_of_an_encrypted_snapshot_is_nowhere_in_clear_on_the_host() 
     // After a boot of the host it is taken for what it is.
     let base = host(&store, "b", folder.path(), 0).get(&wanted).await.unwrap();
     assert!(!base.has(5));
-    base.ensure(5).await;
+    base.ensure(5, Reader::Launch).await;
     assert_eq!(store.chunks.load(Ordering::SeqCst), 1, "it need not be fetched again");
 }
 
@@ -313,7 +338,7 @@ async fn a_base_is_removed_when_room_is_short_and_nobody_uses_it() {
         ..HostVolume::default()
     };
     let placed = volumes.place(&volume).await.unwrap();
-    placed.base.as_ref().unwrap().ensure(5).await;
+    placed.base.as_ref().unwrap().ensure(5, Reader::Launch).await;
     assert_eq!(evict_all(&bases), 0, "somebody has it open");
     drop(placed);
     assert_eq!(evict_all(&bases), 0, "a volume here is made from it");
@@ -328,7 +353,7 @@ async fn a_base_is_removed_when_room_is_short_and_nobody_uses_it() {
     store.chunks.store(0, Ordering::SeqCst);
     let base = bases.get(&wanted).await.unwrap();
     assert!(!base.has(5));
-    base.ensure(5).await;
+    base.ensure(5, Reader::Launch).await;
     assert_eq!((store.chunks.load(Ordering::SeqCst), on_disk(&base, 5)), (1, content(5)));
 }
 
@@ -367,7 +392,7 @@ async fn a_guest_that_never_stops_reading_is_noted_for_two_minutes() {
         if began.elapsed() < NOTED_FOR {
             before.push(chunk as u32);
         }
-        base.ensure(chunk).await;
+        base.ensure(chunk, Reader::Launch).await;
         tokio::time::sleep(QUIET / 3).await;
     }
     let key = SnapshotKey::new(SNAPSHOT).unwrap();

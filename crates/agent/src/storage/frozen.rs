@@ -20,8 +20,8 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::Base;
 use super::volumes::Placed;
+use super::{Base, Reader};
 use crate::launch::{DiskControl, FreezeDisk};
 use crate::state::Layout;
 
@@ -433,7 +433,7 @@ pub async fn read_offline(
             Ok(content) => return Ok(Some(content.into())),
             Err(BlockError::ChunkMissing { .. }) if base.is_some() => {
                 if let Some(base) = base {
-                    base.ensure(chunk).await;
+                    base.ensure(chunk, Reader::Waiting).await;
                 }
             }
             Err(error) => return Err(error.to_string()),

@@ -12,8 +12,9 @@ pub mod presence;
 pub mod remote;
 pub mod snapshots;
 pub mod volumes;
+pub mod working_set;
 
-pub use base::{Base, BaseError};
+pub use base::{Base, BaseError, Reader};
 pub use bases::{Bases, Evicted};
 pub use bundles::{BundleRootError, make_root, open_root};
 pub use fills::Fills;

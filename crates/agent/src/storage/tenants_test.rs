@@ -13,7 +13,7 @@ use hearth_proto::v1::{BaseSnapshot, HostVolume, KeyDomain};
 use hearth_snapshot::{Epoch, IndexedSource, ManifestSpec, SnapshotKey, SnapshotUpload, StoreOptions, open_store};
 use object_store::ObjectStore;
 
-use super::{Bases, HostVolumes, Keyring, Placed};
+use super::{Bases, HostVolumes, Keyring, Placed, Reader};
 use crate::state::Layout;
 
 const CHUNKS: u64 = 24;
@@ -26,7 +26,7 @@ struct Agent(Placed);
 impl ChunkFetcher for Agent {
     fn fetch(&self, chunk: u64) {
         if let Some(base) = &self.0.base {
-            base.want(chunk, true);
+            base.want(chunk, Reader::Waiting);
         }
     }
 }

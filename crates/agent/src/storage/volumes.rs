@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::base::{Base, BaseError};
+use super::base::{Base, BaseError, Reader};
 use super::bases::Bases;
 use super::keyring::KeyError;
 use super::network::NetworkVolumes;
@@ -381,7 +381,7 @@ impl VolumeDisk {
                 Ok(()) => break,
                 Err(BlockError::ChunkMissing { .. }) if self.base.is_some() => {
                     if let Some(base) = &self.base {
-                        self.runtime.block_on(base.ensure(chunk));
+                        self.runtime.block_on(base.ensure(chunk, Reader::Launch));
                     }
                 }
                 Err(error) => return Err(io::Error::other(error)),
