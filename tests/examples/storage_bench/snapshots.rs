@@ -1,7 +1,7 @@
 //! A whole cloud: attaching a volume as its user sees it, and a guest that writes while its disk is snapshotted.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use hearth_tests::cloud::{Cloud, Shape};
@@ -92,7 +92,9 @@ pub fn run(setting: &Setting, rounds: usize, seconds: f64) -> Value {
         let quiet = load(&mut console, seconds);
         let before = stored(&chunks);
         let name = format!("round-{round}");
-        let mut call = cloud.command(&["snapshot", "create", "data", "--name", &name, "--wait"]).spawn().unwrap();
+        let mut call = cloud.command(&["snapshot", "create", "data", "--name", &name, "--wait"]);
+        // This program's own output is its figures.
+        let mut call = call.stdout(Stdio::null()).spawn().unwrap();
         let busy = load(&mut console, seconds);
         let during = call.try_wait().unwrap().is_none();
         assert!(call.wait().unwrap().success());
