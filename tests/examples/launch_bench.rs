@@ -181,7 +181,8 @@ fn measure(server: &str, image: &[String], rounds: usize) -> Value {
         eprintln!("{} round {} of {rounds}", image[0], round + 1);
         results.push(json!({ "local": local, "cold": cold, "prefetched": prefetched }));
     }
-    json!({ "name": image[0], "nonzero_chunks": nonzero, "rounds": results })
+    let bytes = std::fs::metadata(&image[1]).unwrap().len();
+    json!({ "name": image[0], "bytes": bytes, "nonzero_chunks": nonzero, "rounds": results })
 }
 
 fn main() {

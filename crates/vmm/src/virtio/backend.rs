@@ -68,6 +68,17 @@ pub(crate) trait Backend: Send {
     /// soon. With `accept` false only finishes what is in flight.
     fn run(&mut self, accept: bool) -> Result<bool, Broken>;
 
+    /// The thread is about to sleep: has the driver notify again. True: there is more, run again instead. Only called with queues that
+    /// may move; devices whose `run` ends with that have nothing to do.
+    fn rest(&mut self) -> Result<bool, Broken> {
+        Ok(false)
+    }
+
+    /// Whether the driver has added something since the last `run`, whose notification [`rest`](Self::rest) has not asked for yet.
+    fn has_chains(&self) -> bool {
+        false
+    }
+
     /// What is behind the device is to be given back: requests in flight finish, new ones are refused, and writes become
     /// durable. [`take_released`](Self::take_released) tells when that is done; until then `run` goes on being called.
     fn retire(&mut self) {}

@@ -65,6 +65,8 @@ pub(crate) struct IoDevice {
     pub(super) stopping: Vec<usize>,
     /// `run` has something to do.
     pub(super) runnable: bool,
+    /// It has run since the driver was last asked to notify.
+    pub(super) awake: bool,
     pub(super) event_idx: bool,
     /// For the log.
     name: String,
@@ -93,6 +95,7 @@ impl IoDevice {
             watched: None,
             stopping: Vec::new(),
             runnable: false,
+            awake: false,
             event_idx: false,
         }
     }
@@ -156,6 +159,20 @@ impl IoDevice {
     /// Nothing is in flight, or only what waits for someone outside, who may need the paused machine's control thread.
     pub(super) fn is_quiet(&self) -> bool {
         self.in_flight() == 0 || self.backend.is_stuck()
+    }
+
+    /// Its queues may move.
+    pub(super) fn moves(&self) -> bool {
+        self.state == State::Active && self.shared.bus_master()
+    }
+
+    /// Has the driver notify before the thread sleeps.
+    pub(super) fn rest(&mut self) {
+        self.awake = false;
+        match self.backend.rest() {
+            Ok(more) => self.runnable |= more,
+            Err(error) => self.break_down(&error),
+        }
     }
 
     pub(super) fn stop_queues(&mut self) {

@@ -2,13 +2,16 @@
 //!
 //! It sleeps in epoll on the doorbells (eventfds that KVM signals on a queue notification), the devices' own descriptors
 //! (tap, io_uring) and the command channel. Everything is edge-triggered and eventfds are never read: their counters only
-//! grow, one system call less per wake-up. After a wake-up a device runs until it finds nothing more; only then are
-//! notifications turned on again, so a busy guest exits once per burst.
+//! grow, one system call less per wake-up. After a wake-up a device runs until it finds nothing more; only when the thread
+//! sleeps are notifications turned on again, so a busy guest exits once per burst, and one whose next request comes soon not at all
+//! (see [`patience`](super::patience)).
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -19,6 +22,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::backend::Wake;
 use super::common_config::QueueSetup;
 use super::io_device::{Departure, DeviceId, FD, IoDevice, Milestone, OUTSIDE, State};
+use super::patience::Patience;
 use super::queue::VirtQueue;
 use super::shared::lock;
 use super::{DeviceStats, VirtioError};
@@ -113,6 +117,32 @@ pub(crate) fn eventfd() -> Result<EventFd, VirtioError> {
 
 const MAILBOX: u64 = u64::MAX;
 
+/// What happened within `timeout` ms (-1 = whenever it does).
+fn look(epoll: &Epoll, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, VirtioError> {
+    match epoll.wait(timeout, events) {
+        Ok(count) => Ok(count),
+        // io_uring's task work interrupts sleeping system calls.
+        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(0),
+        Err(source) => Err(VirtioError::Setup { what: "epoll_wait", source }),
+    }
+}
+
+/// What it costs to look once; the least of several measurements, because others may run in between.
+fn cost_of_a_look() -> std::io::Result<Duration> {
+    const TIMES: u32 = 8;
+    // Not the thread's own: edges that this saw would be lost.
+    let epoll = Epoll::new()?;
+    let mut least = Duration::MAX;
+    for _ in 0..TIMES {
+        let began = Instant::now();
+        for _ in 0..TIMES {
+            epoll.wait(0, &mut [EpollEvent::default()])?;
+        }
+        least = least.min(began.elapsed() / TIMES);
+    }
+    Ok(least)
+}
+
 /// Everything the I/O thread owns.
 pub(crate) struct IoLoop {
     epoll: Epoll,
@@ -120,6 +150,7 @@ pub(crate) struct IoLoop {
     memory: Arc<GuestMemoryMmap>,
     devices: Vec<IoDevice>,
     departures: Box<dyn DepartureSink>,
+    patience: Patience,
     paused: bool,
     /// Told once everything in flight is done.
     pausing: Vec<SyncSender<()>>,
@@ -139,7 +170,8 @@ impl IoLoop {
         for device in &mut devices {
             device.watch(&epoll).map_err(setup)?;
         }
-        Ok(Self { epoll, mailbox, memory, devices, departures, paused: false, pausing: Vec::new() })
+        let patience = Patience::new(cost_of_a_look().map_err(setup)?, available_parallelism().map_or(1, usize::from));
+        Ok(Self { epoll, mailbox, memory, devices, departures, patience, paused: false, pausing: Vec::new() })
     }
 
     /// Runs until told to stop.
@@ -150,14 +182,8 @@ impl IoLoop {
 
     /// One turn: waits up to `timeout` ms (-1 = for ever), then does what is due. False once stopped.
     pub(crate) fn turn(&mut self, timeout: i32) -> Result<bool, VirtioError> {
-        let busy = self.devices.iter().any(|device| device.runnable);
         let mut events = [EpollEvent::default(); 64];
-        let count = match self.epoll.wait(if busy { 0 } else { timeout }, &mut events) {
-            Ok(count) => count,
-            // io_uring's task work interrupts sleeping system calls.
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => 0,
-            Err(source) => return Err(VirtioError::Setup { what: "epoll_wait", source }),
-        };
+        let count = self.wait(timeout, &mut events)?;
         let mut told = false;
         for event in events.iter().take(count) {
             let device = (event.data() >> 32) as DeviceId;
@@ -173,7 +199,8 @@ impl IoLoop {
         }
         for device in &mut self.devices {
             if std::mem::take(&mut device.runnable) {
-                let accept = !self.paused && device.state == State::Active && device.shared.bus_master();
+                let accept = !self.paused && device.moves();
+                device.awake = true;
                 match device.backend.run(accept) {
                     Ok(more) => device.runnable = more,
                     Err(error) => device.break_down(&error),
@@ -184,6 +211,65 @@ impl IoLoop {
         self.settle_departures();
         self.settle_pause();
         Ok(true)
+    }
+
+    /// Waits until a device can run or something has happened; returns the number of `events`.
+    fn wait(&mut self, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, VirtioError> {
+        if self.is_busy() {
+            self.rest();
+            return look(&self.epoll, 0, events);
+        }
+        let began = Instant::now();
+        if timeout != 0
+            && let Some(count) = self.poll(began, events)?
+        {
+            return Ok(count);
+        }
+        self.rest();
+        if timeout == 0 || self.is_busy() {
+            return look(&self.epoll, 0, events);
+        }
+        let count = look(&self.epoll, timeout, events)?;
+        self.patience.slept(began.elapsed());
+        Ok(count)
+    }
+
+    /// Looks for work without sleeping, for as long as that has paid lately. `None`: there is none.
+    fn poll(&mut self, began: Instant, events: &mut [EpollEvent]) -> Result<Option<usize>, VirtioError> {
+        while began.elapsed() < self.patience.window() {
+            let paused = self.paused;
+            for device in self.devices.iter_mut().filter(|device| device.awake && !paused && device.moves()) {
+                device.runnable = device.backend.has_chains();
+            }
+            if self.is_busy() {
+                return Ok(Some(0));
+            }
+            let count = look(&self.epoll, 0, events)?;
+            if count > 0 {
+                return Ok(Some(count));
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.devices.iter().any(|device| device.runnable)
+    }
+
+    /// Has the drivers of devices that have nothing to do notify again.
+    fn rest(&mut self) {
+        let paused = self.paused;
+        for device in self.devices.iter_mut().filter(|device| device.awake && !device.runnable) {
+            if !paused && device.moves() {
+                device.rest();
+            }
+        }
+    }
+
+    /// Polls for so long, for tests.
+    #[cfg(test)]
+    pub(crate) fn be_patient(&mut self, window: Duration) {
+        self.patience = Patience::of(window);
     }
 
     /// The mailbox, for tests that talk to a loop without a thread.

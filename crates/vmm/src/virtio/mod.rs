@@ -18,6 +18,7 @@ mod io_handle;
 mod io_thread;
 mod nbd;
 mod net;
+mod patience;
 mod queue;
 mod rng;
 mod shared;

@@ -158,6 +158,12 @@ impl VirtQueue {
         self.queue.enable_notification(self.memory.as_ref()).map_err(|_| QueueError::UsedRing(self.index))
     }
 
+    /// Whether the driver has made chains available that were not popped.
+    pub(crate) fn has_chains(&self) -> bool {
+        let available = self.queue.avail_idx(self.memory.as_ref(), Ordering::Acquire);
+        available.is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
     /// Stores one byte, for status bytes that outlive their chain's buffers.
     pub(crate) fn store_byte(&self, address: GuestAddress, value: u8) -> Result<(), QueueError> {
         self.memory.write_obj(value, address).map_err(|_| QueueError::Request(self.index))

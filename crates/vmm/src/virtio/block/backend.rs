@@ -420,19 +420,27 @@ impl Backend for BlockBackend {
                 // Perhaps the driver has added to it meanwhile: one interrupt for all.
                 continue;
             }
+            // Notifications stay off until the thread sleeps.
             self.signal()?;
-            // Without room, completions call again.
-            if accept && self.has_room() {
-                for queue in self.started() {
-                    more |= queue.enable_notification()?;
-                }
-            }
-            if !more {
-                return Ok(false);
-            }
+            return Ok(false);
         }
         self.signal()?;
         Ok(true)
+    }
+
+    fn rest(&mut self) -> Result<bool, Broken> {
+        let mut more = false;
+        // Without room, completions call again.
+        if self.has_room() {
+            for queue in self.started() {
+                more |= queue.enable_notification()?;
+            }
+        }
+        Ok(more)
+    }
+
+    fn has_chains(&self) -> bool {
+        self.has_room() && self.queues.iter().flatten().any(VirtQueue::has_chains)
     }
 
     fn retire(&mut self) {

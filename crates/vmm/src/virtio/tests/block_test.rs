@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hearth_block::Operation;
 
@@ -226,6 +227,36 @@ fn a_batch_costs_one_notification_and_one_interrupt() {
             }
             assert_eq!(machine.msi.take(), [0x101]);
         }
+    }
+}
+
+#[test]
+fn who_asks_again_while_the_thread_looks_for_work_need_not_notify() {
+    for features in [ALL, ALL & !EVENT_IDX] {
+        let held = Held::new();
+        let volume = held.clone();
+        let mut machine = Machine::new(|builder| builder.add_volume("vol1", Arc::new(volume), 1).unwrap());
+        let (_, mut queues) = Driver::start(&mut machine, 1, features, 32);
+        let (head, data, status) = (machine.allocate(16), machine.allocate(512), machine.allocate(1));
+        machine.fill(head, &header(0, 0));
+        machine.io.be_patient(Duration::from_secs(60));
+        let mut ask = |machine: &Machine| {
+            queues[0].add(machine, &[(head, 16)], &[(data, 512), (status, 1)]);
+            queues[0].kick(machine)
+        };
+        assert!(ask(&machine));
+        machine.io.turn(0);
+        assert_eq!(held.waiting(), 1);
+        for asked in 2..6 {
+            assert!(!ask(&machine), "a notification that nobody needs");
+            machine.io.turn(60_000);
+            assert_eq!(held.waiting(), asked);
+        }
+        // Before it sleeps it sees what came since it last looked, and wants to be told of the next one.
+        assert!(!ask(&machine));
+        machine.turn();
+        assert_eq!(held.waiting(), 6);
+        assert!(ask(&machine));
     }
 }
 

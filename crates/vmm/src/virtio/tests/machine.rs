@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -86,6 +87,14 @@ impl Io {
         match self {
             Self::Manual(io) => assert!(io.turn(timeout).unwrap()),
             Self::Thread(_) => std::thread::yield_now(),
+        }
+    }
+
+    /// From now on it looks for work for so long before it sleeps.
+    pub fn be_patient(&mut self, window: Duration) {
+        match self {
+            Self::Manual(io) => io.be_patient(window),
+            Self::Thread(_) => panic!("the thread finds out by itself"),
         }
     }
 
