@@ -1,8 +1,9 @@
 //! What the storage benchmarks run inside a guest: loads on a disk, and a watch on which disks the kernel has. Linked statically, so
 //! that it can be all there is in an initrd.
 //!
-//! `guest_load load read|write DEPTH SECONDS DEVICE [MIB]`: 4 KiB at random with `O_DIRECT` and io_uring, in the first MIB of the
-//! disk (default: all of it). Says `BENCH-BEGIN` when it begins and `BENCH-END` when it ends, then what it found.
+//! `guest_load load read|write|synced DEPTH SECONDS DEVICE [MIB]`: 4 KiB at random with `O_DIRECT` and io_uring, in the first MIB of the
+//! disk (default: all of it); `synced` makes each write durable. Says `BENCH-BEGIN` when it begins and `BENCH-END` when it ends, then what
+//! it found: `seconds` until all of it was durable, `accepted_seconds` until all of it was answered.
 //!
 //! `guest_load watch`: says `BENCH-DISK add NAME` and `BENCH-DISK remove NAME` when the kernel does.
 //!
@@ -38,42 +39,62 @@ fn say(text: &str) {
 }
 
 fn load(words: &[String]) {
-    let (write, depth, seconds) = (words[0] == "write", words[1].parse().unwrap(), words[2].parse().unwrap());
+    let (depth, seconds) = (words[1].parse().unwrap(), words[2].parse().unwrap());
+    let what = match words[0].as_str() {
+        "read" => What::Read,
+        "write" => What::Write(0),
+        "synced" => What::Write(libc::RWF_DSYNC),
+        other => panic!("load {other}"),
+    };
+    let write = what != What::Read;
     let flags = libc::O_DIRECT;
     let mut file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(&words[3]).unwrap();
     let mut bytes = file.seek(SeekFrom::End(0)).unwrap();
     if let Some(mib) = words.get(4) {
         bytes = bytes.min(mib.parse::<u64>().unwrap() << 20);
     }
-    let mut worker = Worker::new(&file, write, depth, bytes / BLOCK as u64);
+    let mut worker = Worker::new(&file, what, depth, bytes / BLOCK as u64);
     // Everything is warm before it counts.
     worker.run(Duration::from_millis(300));
+    file.sync_data().unwrap();
     say("BENCH-BEGIN");
-    let (mut waits, elapsed) = worker.run(Duration::from_secs_f64(seconds));
+    let began = Instant::now();
+    let (mut waits, accepted) = worker.run(Duration::from_secs_f64(seconds));
+    // What a VMM has only in the host's memory is not written yet.
+    file.sync_data().unwrap();
+    let elapsed = began.elapsed();
     say("BENCH-END");
     waits.sort_unstable();
     let at = |part: f64| waits.get((waits.len() as f64 * part) as usize).copied().unwrap_or(0);
     say(&format!(
-        "BENCH-FOUND operations={} seconds={:.3} p50_us={} p99_us={} max_us={}",
+        "BENCH-FOUND operations={} seconds={:.3} accepted_seconds={:.3} p50_us={} p99_us={} max_us={}",
         waits.len(),
         elapsed.as_secs_f64(),
+        accepted.as_secs_f64(),
         at(0.5),
         at(0.99),
         waits.last().copied().unwrap_or(0)
     ));
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Read,
+    /// With these `RWF_*` flags.
+    Write(i32),
+}
+
 struct Worker {
     ring: IoUring,
     buffers: Vec<&'static mut [u8]>,
     began: Vec<Instant>,
-    write: bool,
+    what: What,
     blocks: u64,
     random: u64,
 }
 
 impl Worker {
-    fn new(file: &File, write: bool, depth: usize, blocks: u64) -> Self {
+    fn new(file: &File, what: What, depth: usize, blocks: u64) -> Self {
         let ring = IoUring::new(depth.max(8) as u32).unwrap();
         ring.submitter().register_files(&[file.as_raw_fd()]).unwrap();
         let all = Box::leak(vec![0x5A; (depth + 1) * BLOCK].into_boxed_slice());
@@ -81,7 +102,7 @@ impl Worker {
         let buffers: Vec<_> = all[skip..].chunks_exact_mut(BLOCK).take(depth).collect();
         // Other content each time: a snapshot does not upload again what it has.
         let random = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1;
-        let mut worker = Self { ring, began: vec![Instant::now(); depth], buffers, write, blocks, random };
+        let mut worker = Self { ring, began: vec![Instant::now(); depth], buffers, what, blocks, random };
         // Content that does not compress.
         for slot in 0..depth {
             for at in (0..BLOCK).step_by(8) {
@@ -112,10 +133,11 @@ impl Worker {
                 // Each write is another one.
                 self.buffers[slot][..8].copy_from_slice(&offset.to_le_bytes());
                 let memory = self.buffers[slot].as_mut_ptr();
-                let entry = if self.write {
-                    opcode::Write::new(Fixed(0), memory, BLOCK as u32).offset(offset).build()
-                } else {
-                    opcode::Read::new(Fixed(0), memory, BLOCK as u32).offset(offset).build()
+                let entry = match self.what {
+                    What::Read => opcode::Read::new(Fixed(0), memory, BLOCK as u32).offset(offset).build(),
+                    What::Write(flags) => {
+                        opcode::Write::new(Fixed(0), memory, BLOCK as u32).offset(offset).rw_flags(flags).build()
+                    }
                 };
                 self.began[slot] = Instant::now();
                 // SAFETY: the buffers are never freed.

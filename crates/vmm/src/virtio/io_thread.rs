@@ -236,8 +236,9 @@ impl IoLoop {
 
     /// Looks for work without sleeping, for as long as that has paid lately. `None`: there is none.
     fn poll(&mut self, began: Instant, events: &mut [EpollEvent]) -> Result<Option<usize>, VirtioError> {
-        while began.elapsed() < self.patience.window() {
-            let paused = self.paused;
+        let (window, paused) = (self.patience.window(began), self.paused);
+        let mut now = began;
+        while now.duration_since(began) < window {
             for device in self.devices.iter_mut().filter(|device| device.awake && !paused && device.moves()) {
                 device.runnable = device.backend.has_chains();
             }
@@ -247,6 +248,10 @@ impl IoLoop {
             let count = look(&self.epoll, 0, events)?;
             if count > 0 {
                 return Ok(Some(count));
+            }
+            let before = std::mem::replace(&mut now, Instant::now());
+            if !self.patience.looked(now.duration_since(before), now) {
+                break;
             }
         }
         Ok(None)

@@ -2,40 +2,53 @@
 //!
 //! To sleep and be woken costs more than to look again a few times, and a driver need not notify a device that looks. So while
 //! sleeps turn out short the thread polls instead, up to a bound, and one that sleeps long does not poll at all: the rule by which KVM
-//! polls for a halted vCPU (Linux Documentation/virt/kvm/halt-polling.rst). Where there is one processor, what is waited for could not
-//! come while it polls.
+//! polls for a halted vCPU (Linux Documentation/virt/kvm/halt-polling.rst), with its bound. Where there is one processor, what is
+//! waited for could not come while it polls, and one that others want is theirs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// The longest poll, in looks: what a sleep, a wake-up and a notification cost, roughly.
-const LOOKS: u32 = 200;
+/// The longest poll, in looks: about the 200 us for which KVM polls, where a look takes 200 ns. Emulated processors take longer for both.
+const LOOKS: u32 = 1000;
 /// Whatever a look is found to cost.
 const BOUNDS: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
 /// The shortest poll is this part of the longest.
 const STEPS: u32 = 8;
+/// No polls for so long after somebody else took the processor.
+const MODESTY: Duration = Duration::from_millis(100);
 
 /// The adaptive window.
 pub(super) struct Patience {
     window: Duration,
     longest: Duration,
+    /// Others had the processor.
+    modest_until: Option<Instant>,
 }
 
 impl Patience {
     /// For a thread to which one look costs `look`, on a host with so many processors.
     pub(super) fn new(look: Duration, processors: usize) -> Self {
         let longest = if processors > 1 { (look * LOOKS).clamp(BOUNDS.0, BOUNDS.1) } else { Duration::ZERO };
-        Self { window: Duration::ZERO, longest }
+        Self { window: Duration::ZERO, longest, modest_until: None }
     }
 
     /// Always the same, for tests.
     #[cfg(test)]
     pub(super) fn of(window: Duration) -> Self {
-        Self { window, longest: window }
+        Self { window, longest: window, modest_until: None }
     }
 
     /// How long to look for work before sleeping.
-    pub(super) fn window(&self) -> Duration {
-        self.window
+    pub(super) fn window(&self, now: Instant) -> Duration {
+        if self.modest_until.is_some_and(|until| now < until) { Duration::ZERO } else { self.window }
+    }
+
+    /// One look, which ended `now`, took so long. `false`: somebody else ran in between; no more of it.
+    pub(super) fn looked(&mut self, took: Duration, now: Instant) -> bool {
+        let alone = took < self.longest / 2;
+        if !alone {
+            self.modest_until = Some(now + MODESTY);
+        }
+        alone
     }
 
     /// No work was found in time; it came after `waited` in all.
@@ -58,16 +71,16 @@ mod tests {
 
     #[test]
     fn who_sleeps_briefly_polls_and_who_sleeps_long_does_not() {
-        let us = Duration::from_micros;
-        let mut patience = Patience::new(Duration::from_nanos(400), 2);
-        assert_eq!((patience.window(), patience.longest), (Duration::ZERO, us(80)));
+        let (us, now) = (Duration::from_micros, Instant::now());
+        let mut patience = Patience::new(Duration::from_nanos(80), 2);
+        assert_eq!((patience.window(now), patience.longest), (Duration::ZERO, us(80)));
         for window in [10, 20, 40, 80, 80] {
             patience.slept(us(79));
-            assert_eq!(patience.window(), us(window));
+            assert_eq!(patience.window(now), us(window));
         }
         for window in [40, 20, 10, 0, 0] {
             patience.slept(us(80));
-            assert_eq!(patience.window(), us(window));
+            assert_eq!(patience.window(now), us(window));
         }
     }
 
@@ -79,9 +92,21 @@ mod tests {
 
     #[test]
     fn one_processor_never_polls() {
-        let mut patience = Patience::new(Duration::from_nanos(400), 1);
+        let mut patience = Patience::new(Duration::from_nanos(80), 1);
         patience.slept(Duration::ZERO);
         patience.slept(Duration::from_micros(1));
-        assert_eq!(patience.window(), Duration::ZERO);
+        assert_eq!(patience.window(Instant::now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_processor_that_others_want_is_theirs() {
+        let (us, now) = (Duration::from_micros, Instant::now());
+        let mut patience = Patience::new(Duration::from_nanos(80), 2);
+        patience.slept(us(1));
+        assert!(patience.looked(us(39), now) && patience.window(now) == us(10));
+        assert!(!patience.looked(us(40), now) && patience.window(now).is_zero());
+        patience.slept(us(1));
+        assert!(patience.window(now + MODESTY - us(1)).is_zero());
+        assert_eq!(patience.window(now + MODESTY), us(20));
     }
 }
