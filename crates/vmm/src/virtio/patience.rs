@@ -44,7 +44,7 @@ impl Patience {
 
     /// One look, which ended `now`, took so long. `false`: somebody else ran in between; no more of it.
     pub(super) fn looked(&mut self, took: Duration, now: Instant) -> bool {
-        let alone = took < self.longest / 2;
+        let alone = took < self.longest;
         if !alone {
             self.modest_until = Some(now + MODESTY);
         }
@@ -103,8 +103,8 @@ mod tests {
         let (us, now) = (Duration::from_micros, Instant::now());
         let mut patience = Patience::new(Duration::from_nanos(80), 2);
         patience.slept(us(1));
-        assert!(patience.looked(us(39), now) && patience.window(now) == us(10));
-        assert!(!patience.looked(us(40), now) && patience.window(now).is_zero());
+        assert!(patience.looked(us(79), now) && patience.window(now) == us(10));
+        assert!(!patience.looked(us(80), now) && patience.window(now).is_zero());
         patience.slept(us(1));
         assert!(patience.window(now + MODESTY - us(1)).is_zero());
         assert_eq!(patience.window(now + MODESTY), us(20));
