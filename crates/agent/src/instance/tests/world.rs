@@ -27,7 +27,7 @@ use crate::launch::{
 use crate::net::{HostNet, HostNetError, Metadata, NicRequest};
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{Bases, Fills, HostVolumes, Keyring, Snapshots};
+use crate::storage::{Bases, Fills, HostVolumes, Keyring, Snapshots, VolumeError};
 use crate::supervisor::Supervisor;
 
 pub const IMAGE: &str = "ami-0123456789abcdef0";
@@ -408,6 +408,23 @@ pub struct Agent {
     pub crash: CrashPoint,
 }
 
+/// A crash in a test ends the agent's tasks and not its threads, as a real one does: one may be making a volume in a folder that is
+/// being removed. It ends soon.
+fn volumes_after_a_crash(layout: &Layout, bases: &Arc<Bases>) -> HostVolumes {
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        match HostVolumes::new(layout.clone(), bases.clone()) {
+            Ok(volumes) => return volumes,
+            Err(VolumeError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::DirectoryNotEmpty && std::time::Instant::now() < end =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 impl Agent {
     pub fn start(world: &Arc<World>) -> Self {
         Self::start_with(world, store().0.clone())
@@ -422,7 +439,7 @@ impl Agent {
         let capacity = Resources { vcpus: 4, memory_mib: 512, ecu_milli: 0, instance_store_bytes: 1 << 30 };
         let keyring = Keyring::of_domains(&layout, &[domain()]);
         let bases = Arc::new(Bases::new(layout.clone(), objects, keyring, "boot".into(), 0));
-        let volumes = Arc::new(HostVolumes::new(layout.clone(), bases).unwrap());
+        let volumes = Arc::new(volumes_after_a_crash(&layout, &bases));
         let reports = Arc::new(Reports::default());
         let snapshots = Snapshots::new(layout.clone(), volumes.clone(), reports.clone()).unwrap();
         let fills = Fills::new(volumes.bases().clone(), reports.clone());
