@@ -49,7 +49,8 @@ def io(figures):
             name = ""
     print("per s: until all of it is durable, by one flush at the end; answered: until the guest has its answers, from whatever cache\n"
           "ratio = operations per second of hearth-vmm, with direct I/O as agents use it / those of that VMM, median of the rounds';\n"
-          "cached = the same of hearth-vmm through the page cache, which is what Firecracker does\n")
+          "cached = the same of hearth-vmm through the page cache, which is what Firecracker does\n"
+          "no VMM: the same program on the host; direct as many in flight, cached one after the other by system calls\n")
 
 
 def cloud(figures):

@@ -27,13 +27,25 @@ ensure_nextest() {
     cargo install --locked cargo-nextest
 }
 
-# build_programs PROFILE: hearth, hearthd and hearth-vmm in target/programs/PROFILE. hearth-vmm is linked statically, so
-# that the root it runs in can be empty; it has a target folder of its own, because cargo would link it anew otherwise
-# whenever it is built the one way after the other.
+# build_programs PROFILE: hearth, hearthd and hearth-vmm in target/programs/PROFILE.
 build_programs() {
+    cargo build --profile "$1" --locked "${@:2}" --workspace --bins --exclude hearth-vmm
+    place_programs "$@"
+}
+
+# build_tests: all tests, and with them what build_programs dev does. On their own, cargo would build the programs with fewer features of
+# the libraries, and so most of the libraries twice.
+build_tests() {
+    cargo nextest run --workspace --locked --no-run
+    place_programs dev
+}
+
+# place_programs PROFILE: the programs that cargo has built, and hearth-vmm. That is linked statically, so that the root it runs in
+# can be empty; it has a target folder of its own, because cargo would link it anew otherwise whenever it is built the one way after
+# the other.
+place_programs() {
     local out=$repo/target/programs/$1 built=$1 program
     [[ $1 != dev ]] || built=debug
-    cargo build --profile "$1" --locked "${@:2}" --workspace --bins --exclude hearth-vmm
     cargo rustc --profile "$1" --locked "${@:2}" -p hearth-vmm --bin hearth-vmm --target-dir "$repo/target/static" -- -C target-feature=+crt-static
     mkdir -p "$out"
     for program in "$repo/target/$built/hearth" "$repo/target/$built/hearthd" "$repo/target/static/$built/hearth-vmm"; do

@@ -2,7 +2,8 @@
 //! that it can be all there is in an initrd.
 //!
 //! `guest_load load read|write|synced DEPTH SECONDS DEVICE [MIB]`: 4 KiB at random with `O_DIRECT` and io_uring, in the first MIB of the
-//! disk (default: all of it); `synced` makes each write durable. Says `BENCH-BEGIN` when it begins and `BENCH-END` when it ends, then what
+//! disk (default: all of it); `synced` makes each write durable. `cached-read`, `cached-write` and `cached-synced` do the same through the
+//! page cache by plain system calls, one at a time whatever DEPTH says: the most that a VMM which does that can get. Says `BENCH-BEGIN` when it begins and `BENCH-END` when it ends, then what
 //! it found: `seconds` until all of it was durable, `accepted_seconds` until all of it was answered.
 //!
 //! `guest_load watch`: says `BENCH-DISK add NAME` and `BENCH-DISK remove NAME` when the kernel does.
@@ -40,26 +41,28 @@ fn say(text: &str) {
 
 fn load(words: &[String]) {
     let (depth, seconds) = (words[1].parse().unwrap(), words[2].parse().unwrap());
-    let what = match words[0].as_str() {
+    let (direct, kind) = words[0].strip_prefix("cached-").map_or((true, words[0].as_str()), |kind| (false, kind));
+    let what = match kind {
         "read" => What::Read,
         "write" => What::Write(0),
         "synced" => What::Write(libc::RWF_DSYNC),
         other => panic!("load {other}"),
     };
     let write = what != What::Read;
-    let flags = libc::O_DIRECT;
+    let flags = if direct { libc::O_DIRECT } else { 0 };
     let mut file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(&words[3]).unwrap();
     let mut bytes = file.seek(SeekFrom::End(0)).unwrap();
     if let Some(mib) = words.get(4) {
         bytes = bytes.min(mib.parse::<u64>().unwrap() << 20);
     }
-    let mut worker = Worker::new(&file, what, depth, bytes / BLOCK as u64);
+    let mut worker = Worker::new(&file, what, if direct { depth } else { 1 }, bytes / BLOCK as u64);
+    let mut run = |time| if direct { worker.run(time) } else { worker.run_cached(&file, time) };
     // Everything is warm before it counts.
-    worker.run(Duration::from_millis(300));
+    run(Duration::from_millis(300));
     file.sync_data().unwrap();
     say("BENCH-BEGIN");
     let began = Instant::now();
-    let (mut waits, accepted) = worker.run(Duration::from_secs_f64(seconds));
+    let (mut waits, accepted) = run(Duration::from_secs_f64(seconds));
     // What a VMM has only in the host's memory is not written yet.
     file.sync_data().unwrap();
     let elapsed = began.elapsed();
@@ -118,6 +121,28 @@ impl Worker {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         self.random
+    }
+
+    /// As [`run`](Self::run), by `preadv2` and `pwritev2`.
+    fn run_cached(&mut self, file: &File, time: Duration) -> (Vec<u32>, Duration) {
+        let mut waits = Vec::with_capacity(1 << 16);
+        let began = Instant::now();
+        while began.elapsed() < time {
+            let offset = self.next() % self.blocks * BLOCK as u64;
+            self.buffers[0][..8].copy_from_slice(&offset.to_le_bytes());
+            let vector = libc::iovec { iov_base: self.buffers[0].as_mut_ptr().cast(), iov_len: BLOCK };
+            let (fd, at, before) = (file.as_raw_fd(), offset as i64, Instant::now());
+            // SAFETY: the buffer is as long as it says.
+            let moved = unsafe {
+                match self.what {
+                    What::Read => libc::preadv2(fd, &raw const vector, 1, at, 0),
+                    What::Write(flags) => libc::pwritev2(fd, &raw const vector, 1, at, flags),
+                }
+            };
+            assert_eq!(moved, BLOCK as isize, "{}", std::io::Error::last_os_error());
+            waits.push(before.elapsed().as_micros() as u32);
+        }
+        (waits, began.elapsed())
     }
 
     /// Microseconds that each operation took, and how long all of them.

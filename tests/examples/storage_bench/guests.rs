@@ -215,6 +215,35 @@ fn spawn(group: &str, mut command: Command) -> (Child, Console) {
     (child, console)
 }
 
+/// A file without any VMM: what the host itself makes of the same load, by the guests' own program.
+pub struct Bare {
+    pub name: &'static str,
+    program: PathBuf,
+    file: PathBuf,
+    direct: bool,
+}
+
+impl Bare {
+    /// With direct I/O, or through a page cache as large as a VMM's memory.
+    pub fn new(setting: &Setting, direct: bool) -> Self {
+        let name = if direct { "no VMM, direct" } else { "no VMM, cached" };
+        let file = setting.fill(&format!("bare-{direct}.data"));
+        Self { name, program: setting.work.join("guest_load"), file, direct }
+    }
+
+    /// What the program said.
+    pub fn load(&self, what: &str, depth: u32, seconds: f64) -> String {
+        let what = if self.direct { what.to_owned() } else { format!("cached-{what}") };
+        let mut command = Command::new(&self.program);
+        command.args(["load", &what, &depth.to_string(), &seconds.to_string()]).arg(&self.file).stdout(Stdio::piped());
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        confine("bare", child.id());
+        let done = child.wait_with_output().unwrap();
+        assert!(done.status.success(), "{command:?}: {}", done.status);
+        String::from_utf8(done.stdout).unwrap()
+    }
+}
+
 /// Puts a process into a cgroup of its own with [`MEMORY_MAX`].
 fn confine(name: &str, pid: u32) {
     let group = Path::new("/sys/fs/cgroup").join(format!("hearth-bench-{name}"));

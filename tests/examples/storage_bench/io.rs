@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::guests::Guest;
+use crate::guests::{Bare, Guest};
 use crate::median;
 
 /// Name, what is done, and how many are in flight.
@@ -46,7 +46,7 @@ impl Found {
     }
 }
 
-/// What one guest did with one load in one round.
+/// What one guest, or the host itself, did with one load in one round.
 struct Round {
     /// Operations per second, until they were durable and until they were answered.
     rate: f64,
@@ -55,35 +55,60 @@ struct Round {
     p99_us: f64,
 }
 
-/// Rounds of all loads on all guests that take turns.
-pub fn run(guests: &mut [Guest], rounds: usize, seconds: f64) -> Value {
-    let mut figures: BTreeMap<(&str, String), Vec<Round>> = BTreeMap::new();
-    for round in 0..rounds {
-        for (name, what, depth) in LOADS {
-            for turn in 0..guests.len() {
-                // Whoever goes first finds the disk otherwise.
-                let count = guests.len();
-                let guest = &mut guests[(turn + round) % count];
+/// Who is given loads.
+pub enum Subject<'a> {
+    Guest(&'a mut Guest),
+    Bare(Bare),
+}
+
+impl Subject<'_> {
+    fn name(&self) -> &str {
+        match self {
+            Self::Guest(guest) => &guest.name,
+            Self::Bare(bare) => bare.name,
+        }
+    }
+
+    fn load(&mut self, what: &str, depth: u32, seconds: f64) -> Round {
+        let (line, exits) = match self {
+            Self::Bare(bare) => (bare.load(what, depth, seconds), 0),
+            Self::Guest(guest) => {
                 guest.console.send(&format!("load {what} {depth} {seconds} /dev/vda"));
                 guest.console.wait_for("BENCH-BEGIN");
                 let before = guest.exits();
                 guest.console.wait_for("BENCH-END");
                 let exits = guest.exits() - before;
                 guest.console.wait_for("BENCH-FOUND");
-                let found = Found::read(&guest.console.wait_for("\n"));
-                let measured = Round {
-                    rate: found.operations / found.seconds,
-                    accepted: found.operations / found.accepted_seconds,
-                    exits: exits as f64 / found.operations,
-                    p99_us: found.p99_us,
-                };
+                (guest.console.wait_for("\n"), exits)
+            }
+        };
+        let found = Found::read(&line);
+        Round {
+            rate: found.operations / found.seconds,
+            accepted: found.operations / found.accepted_seconds,
+            exits: exits as f64 / found.operations,
+            p99_us: found.p99_us,
+        }
+    }
+}
+
+/// Rounds of all loads on all subjects that take turns.
+pub fn run(subjects: &mut [Subject], rounds: usize, seconds: f64) -> Value {
+    let mut figures: BTreeMap<(&str, String), Vec<Round>> = BTreeMap::new();
+    for round in 0..rounds {
+        for (name, what, depth) in LOADS {
+            for turn in 0..subjects.len() {
+                // Whoever goes first finds the disk otherwise.
+                let count = subjects.len();
+                let subject = &mut subjects[(turn + round) % count];
+                let measured = subject.load(what, depth, seconds);
                 let Round { rate, accepted, exits, .. } = measured;
                 eprintln!(
                     "{}/{rounds} {name} {}: {rate:.0}/s, answered {accepted:.0}/s, {exits:.2} exits each",
                     round + 1,
-                    guest.name
+                    subject.name()
                 );
-                figures.entry((name, guest.name.clone())).or_default().push(measured);
+                figures.entry((name, subject.name().to_owned())).or_default().push(measured);
             }
         }
     }

@@ -9,7 +9,8 @@ mod guests;
 mod io;
 mod snapshots;
 
-use guests::{Guest, Setting};
+use guests::{Bare, Guest, Setting};
+use io::Subject;
 use serde_json::json;
 
 fn main() {
@@ -33,7 +34,9 @@ fn main() {
         if wanted("io") {
             guests.push(Guest::hearth(&setting, false));
             guests.extend(["Sync", "Async"].iter().filter_map(|engine| Guest::firecracker(&setting, engine)));
-            report["io"] = io::run(&mut guests, rounds, seconds);
+            let mut subjects: Vec<_> = guests.iter_mut().map(Subject::Guest).collect();
+            subjects.extend([true, false].map(|direct| Subject::Bare(Bare::new(&setting, direct))));
+            report["io"] = io::run(&mut subjects, rounds, seconds);
         }
     }
     if wanted("snapshot") {
