@@ -20,8 +20,8 @@ mod xts;
 
 pub use error::{BlockError, IoError};
 pub use layered::{
-    BaseFiles, Cause, ChunkFetcher, FreezeState, FrozenSet, LayeredVolume, OfflineVolume, OpenOptions, STRIP_BYTES,
-    Stage, StagedView, VolumeEvents, VolumeFiles, presence_words, staged_bytes,
+    BaseFiles, Cause, ChunkFetcher, FreezeState, FrozenSet, LayeredVolume, OfflineVolume, OpenOptions, Stage,
+    StagedView, VolumeEvents, VolumeFiles, presence_words, staged_bytes,
 };
 pub use limit::{IO_UNIT_BYTES, RateLimits};
 pub use map::{BLOCK_BYTES, CHUNK_BYTES, MapError};

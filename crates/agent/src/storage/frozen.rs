@@ -1,8 +1,8 @@
 //! Disks whose content is fixed at a point in time.
 //!
-//! Whoever has the disk keeps what it was: a VMM copies a strip of a chunk to the stage before its guest changes it; while this process
-//! has the volume open, nothing changes it. A VMM that ends has left every strip that is not in the stage as it was, so that this process
-//! can go on from there. [`Frozen::settle`] copies all that is left to the stage and sets the disk free.
+//! Whoever has the disk keeps what it was: a VMM copies a chunk to the stage before its guest changes it; while this process has the
+//! volume open, nothing changes it. A VMM that ends has left every chunk that is not in the stage as it was, so that this process can
+//! go on from there. [`Frozen::settle`] copies all that is left to the stage and sets the disk free.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hearth_block::{BlockError, FrozenSet, OfflineVolume, STRIP_BYTES, StagedView, XtsKey, staged_bytes};
+use hearth_block::{BlockError, FrozenSet, OfflineVolume, StagedView, XtsKey, staged_bytes};
 use hearth_snapshot::{CHUNK_BYTES, IndexedSource, SourceError};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
@@ -238,45 +238,18 @@ impl Frozen {
                 return Err(why.as_ref().into());
             }
             if matches!(keeper, Keeper::Stage | Keeper::Nobody) || self.is_staged(chunk)? {
-                break self.read_stage(chunk).await?;
+                let (stage, size, key) = (self.files.stage.clone(), self.size_bytes, self.key.clone());
+                let read = tokio::task::spawn_blocking(move || read_stage(&stage, chunk, size, key.as_ref())).await;
+                break read.map_err(SourceError::from)?.map_err(SourceError::from)?;
             }
             match keeper {
                 Keeper::Vmm(disks) => self.await_staged(&disks, &[chunk]).await?,
-                Keeper::Here(volume) => break self.read_here(&volume, chunk).await?,
+                Keeper::Here(volume) => break read_offline(&volume, self.base(), chunk).await?,
                 Keeper::Nobody | Keeper::Stage | Keeper::Lost(_) => {}
             }
         };
         self.handed_out.lock().insert(chunk);
         Ok(content)
-    }
-
-    async fn read_stage(&self, chunk: u64) -> Result<Option<Bytes>, SourceError> {
-        let (stage, size, key) = (self.files.stage.clone(), self.size_bytes, self.key.clone());
-        let read = tokio::task::spawn_blocking(move || read_stage(&stage, chunk, size, key.as_ref())).await;
-        Ok(read.map_err(SourceError::from)??)
-    }
-
-    /// A chunk as it was, of a volume that this process has open. Its VMM may have copied strips of it to the stage and changed them,
-    /// and what the volume has grown by since.
-    async fn read_here(&self, volume: &Arc<OfflineVolume>, chunk: u64) -> Result<Option<Bytes>, SourceError> {
-        let content = read_offline(volume, self.base(), chunk).await?;
-        let Some(view) = self.view.get() else { return Ok(content) };
-        let strips = view.staged_strips(chunk)?;
-        let zeros = || vec![0; CHUNK_BYTES];
-        let staged = match strips.contains(&true) {
-            true => self.read_stage(chunk).await?,
-            false => None,
-        };
-        let (mut content, staged) = (content.map_or_else(zeros, Vec::from), staged.map_or_else(zeros, Vec::from));
-        let inside = self.size_bytes.saturating_sub(chunk * CHUNK_BYTES as u64).min(CHUNK_BYTES as u64) as usize;
-        content.get_mut(inside..).unwrap_or_default().fill(0);
-        let strip = STRIP_BYTES as usize;
-        for ((to, from), _) in
-            content.chunks_mut(strip).zip(staged.chunks(strip)).zip(strips).filter(|(_, staged)| *staged)
-        {
-            to.copy_from_slice(from);
-        }
-        Ok(content.iter().any(|byte| *byte != 0).then(|| content.into()))
     }
 
     fn base(&self) -> Option<&Base> {
@@ -407,7 +380,7 @@ impl Frozen {
         if self.is_staged(chunk)? {
             return Ok(());
         }
-        if let Some(content) = self.read_here(volume, chunk).await? {
+        if let Some(content) = read_offline(volume, self.base(), chunk).await? {
             let (stage, key) = (self.files.stage.clone(), self.key.clone());
             let written = tokio::task::spawn_blocking(move || {
                 let at = chunk * CHUNK_BYTES as u64;

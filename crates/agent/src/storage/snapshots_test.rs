@@ -16,7 +16,6 @@ use object_store::{
     PutPayload, PutResult, Result as StoreResult,
 };
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::Semaphore;
 
 use super::*;
@@ -87,8 +86,6 @@ impl VolumeEvents for Silent {
 /// What of a VMM has to do with snapshots of one volume: the engine.
 struct Guest {
     volume: Mutex<Option<LayeredVolume>>,
-    /// It copies nothing that it is asked for.
-    busy: AtomicBool,
 }
 
 impl Guest {
@@ -104,7 +101,7 @@ impl Guest {
             direct: false,
         };
         let opened = LayeredVolume::open(placed.files().unwrap(), options).unwrap();
-        let guest = Arc::new(Self { volume: Mutex::new(Some(opened)), busy: AtomicBool::new(false) });
+        let guest = Arc::new(Self { volume: Mutex::new(Some(opened)) });
         let running = Running { disks: guest.clone(), bundle_root: None };
         world.snapshots.running(&INSTANCE.parse().unwrap(), running);
         guest
@@ -112,18 +109,13 @@ impl Guest {
 
     /// Fills chunks with a byte, and flushes.
     fn write(&self, chunks: impl IntoIterator<Item = u64>, byte: u8) {
-        self.write_at(chunks.into_iter().map(|chunk| chunk * CHUNK_BYTES as u64), CHUNK_BYTES, byte);
-    }
-
-    /// The same of so many bytes at each of these places.
-    fn write_at(&self, places: impl IntoIterator<Item = u64>, length: usize, byte: u8) {
         let volume = self.volume.lock();
         let volume = volume.as_ref().unwrap();
         let mut queue = volume.open_queue(4).unwrap();
-        let mut content = vec![byte; length];
+        let mut content = vec![byte; CHUNK_BYTES];
         let buffers = [libc::iovec { iov_base: content.as_mut_ptr().cast(), iov_len: content.len() }];
         let mut requests: Vec<(Operation, u64, &[libc::iovec])> =
-            places.into_iter().map(|at| (Operation::Write, at, &buffers[..])).collect();
+            chunks.into_iter().map(|chunk| (Operation::Write, chunk * CHUNK_BYTES as u64, &buffers[..])).collect();
         requests.push((Operation::Flush, 0, &[]));
         for (operation, offset, buffers) in requests {
             // SAFETY: the buffer outlives the queue, which is empty before this function ends.
@@ -188,8 +180,7 @@ impl DiskControl for Guest {
         })?
     }
     async fn stage(&self, _: &str, chunks: Vec<u64>) -> Result<(), LaunchError> {
-        let wanted = if self.busy.load(Ordering::Relaxed) { Vec::new() } else { chunks };
-        self.with(|volume| wanted.iter().for_each(|chunk| volume.stage_chunk(*chunk).unwrap()))
+        self.with(|volume| chunks.iter().for_each(|chunk| volume.stage_chunk(*chunk).unwrap()))
     }
     async fn chunks_came(&self, _: &str) -> Result<(), LaunchError> {
         Ok(())
@@ -379,32 +370,6 @@ async fn a_snapshot_outlives_the_vmm_whose_guest_it_is_of() {
         world.frozen("b").await;
         world.complete("b").await;
         assert_eq!(world.content("b").await, filled(&[(0..2, 1), (2..4, 2), (4..CHUNKS, 1)]), "in order: {in_order}");
-    }
-}
-
-/// A write sets aside no more than what it is about to change; the rest of that chunk is still on the volume when the VMM ends.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_vmm_set_aside_in_part_is_put_together() {
-    for in_order in [true, false] {
-        let world = World::new();
-        let guest = Guest::start(&world).await;
-        guest.write(0..CHUNKS, 1);
-        guest.busy.store(true, Ordering::Relaxed);
-        world.make("a", true);
-        world.frozen("a").await;
-        let parts =
-            (0..CHUNKS).flat_map(|chunk| [0, 70_000, 519_168].map(|at| chunk * CHUNK_BYTES as u64 + at / 4096 * 4096));
-        guest.write_at(parts, 4096, 2);
-        guest.end(&world, in_order);
-        if in_order {
-            // A part of them is read, the other is set aside for the next guest.
-            world.let_in(3);
-            let again = Guest::start(&world).await;
-            again.write(0..CHUNKS, 3);
-            again.end(&world, true);
-        }
-        world.complete("a").await;
-        assert_eq!(world.content("a").await, filled(&[(0..CHUNKS, 1)]), "in order: {in_order}");
     }
 }
 

@@ -19,10 +19,10 @@ use crate::{BlockError, Completion, IoError, Operation, Request};
 pub(super) const PIECES_MAX: usize = 8;
 /// Most bytes of one bounced transfer.
 pub(super) const BOUNCE_BYTES: u64 = 64 << 10;
-/// Strips copied to the stage at a time.
-pub(super) const COPIES_MAX: usize = 8;
+/// Chunks copied to the stage at a time.
+pub(super) const COPIES_MAX: usize = 4;
 /// Of these for the agent: a guest's write does not wait for all that the agent has asked for.
-pub(super) const DEMANDS_MAX: usize = 4;
+pub(super) const DEMANDS_MAX: usize = 2;
 /// Missing chunks asked for ahead of what a request needs first.
 const FETCH_AHEAD: u64 = 64;
 /// Pause before a write that found no space is tried again.
@@ -464,7 +464,7 @@ impl Core {
                     coord.flush.running = false;
                     coord.flush.unsynced = true;
                 }
-                Kind::Copy { strip } => coord.freeze.copies.retain(|each| *each != strip),
+                Kind::Copy { chunk } => coord.freeze.copies.retain(|each| *each != chunk),
                 Kind::Prepare(_) if op.token == coord.freeze.attempt => coord.freeze.abandon(libc::ECANCELED),
                 Kind::Guest(_) | Kind::Prepare(_) => {}
             }

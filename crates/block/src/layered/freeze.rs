@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
@@ -10,10 +9,7 @@ use crate::BlockError;
 use crate::map::{CHUNK_BYTES, SIZE_MAX};
 
 const MAGIC: &[u8; 8] = b"HRTHSTG1";
-const VERSION: u32 = 2;
-/// What is copied to the stage at a time: a guest's write waits for no more than this.
-pub const STRIP_BYTES: u64 = 32 << 10;
-const STRIPS: u64 = CHUNK_BYTES / STRIP_BYTES;
+const VERSION: u32 = 1;
 /// Where the header says that copying failed.
 pub(crate) const BROKEN_AT: u64 = 12;
 const HEADER_BYTES: u64 = 4096;
@@ -31,22 +27,16 @@ pub struct Stage {
 /// Length of the `staged` file of a volume of `size_bytes`.
 pub fn staged_bytes(size_bytes: u64) -> u64 {
     let chunks = size_bytes.div_ceil(CHUNK_BYTES);
-    HEADER_BYTES + frozen_bytes(chunks) + chunks * STRIPS
+    HEADER_BYTES + frozen_bytes(chunks) + chunks
 }
 
 fn frozen_bytes(chunks: u64) -> u64 {
     chunks.div_ceil(64) * 8
 }
 
-/// Where the byte that says "strip is in the stage" stands.
-pub(crate) fn staged_at(chunks: u64, strip: u64) -> u64 {
-    HEADER_BYTES + frozen_bytes(chunks) + strip
-}
-
-/// The strips of a chunk of a volume of so many strips.
-pub(crate) fn strips_of(chunk: u64, total: u64) -> Range<u64> {
-    let first = chunk.saturating_mul(STRIPS).min(total);
-    first..(first + STRIPS).min(total)
+/// Where the byte that says "chunk is in the stage" stands.
+pub(crate) fn staged_at(chunks: u64, chunk: u64) -> u64 {
+    HEADER_BYTES + frozen_bytes(chunks) + chunk
 }
 
 /// The DIRTY chunks at the instant of a freeze: what an incremental snapshot has to read.
@@ -102,7 +92,7 @@ pub enum FreezeState {
     Preparing,
     /// Nothing changes the volume; [`freeze`](crate::LayeredVolume::freeze) may be called.
     Ready,
-    /// Strips of the set's chunks are copied to the stage before they change.
+    /// Chunks of the set are copied to the stage before they change.
     Frozen,
 }
 
@@ -115,9 +105,8 @@ pub(crate) struct Freeze {
     /// New writes wait, since then.
     pub(crate) gate: Option<Instant>,
     pub(crate) frozen: FrozenSet,
-    /// Like that, of the strips that the volume had at the instant.
     pub(crate) staged: FrozenSet,
-    /// Strips being copied.
+    /// Chunks being copied.
     pub(crate) copies: Vec<u64>,
     /// Queues that have no room to copy what the agent asked for.
     pub(crate) hindered: Vec<usize>,
@@ -133,20 +122,9 @@ impl Freeze {
         self.state == FreezeState::Frozen && self.attempt == attempt
     }
 
-    /// The strip must be in the stage before it may change.
-    pub(crate) fn needs_copy(&self, strip: u64) -> bool {
-        let is_kept = strip < self.staged.chunks && self.frozen.contains(strip / STRIPS);
-        self.state == FreezeState::Frozen && !self.broken && is_kept && !self.staged.contains(strip)
-    }
-
-    /// The strip of a chunk that is to be copied next; `None` when all have been or are being.
-    pub(crate) fn next_copy(&self, chunk: u64) -> Option<u64> {
-        strips_of(chunk, self.staged.chunks).find(|strip| self.needs_copy(*strip) && !self.copies.contains(strip))
-    }
-
-    /// All of a chunk is in the stage.
-    pub(crate) fn is_staged(&self, chunk: u64) -> bool {
-        strips_of(chunk, self.staged.chunks).all(|strip| self.staged.contains(strip))
+    /// The chunk must be in the stage before it may change.
+    pub(crate) fn needs_copy(&self, chunk: u64) -> bool {
+        self.state == FreezeState::Frozen && !self.broken && self.frozen.contains(chunk) && !self.staged.contains(chunk)
     }
 
     /// Nothing is under way, but for copies that still run.
@@ -164,24 +142,24 @@ impl Freeze {
         }
     }
 
-    /// First byte at or after `from`, up to `to`, of a strip that must be copied first; `to` when there is none.
+    /// First byte at or after `from`, up to `to`, of a chunk that must be copied first; `to` when there is none.
     pub(crate) fn free_until(&self, from: u64, to: u64) -> u64 {
         if self.state != FreezeState::Frozen || self.broken {
             return to;
         }
         let mut at = from;
         while at < to {
-            let strip = at / STRIP_BYTES;
-            if self.needs_copy(strip) {
+            let chunk = at / CHUNK_BYTES;
+            if self.needs_copy(chunk) {
                 return at;
             }
-            at = (strip + 1) * STRIP_BYTES;
+            at = (chunk + 1) * CHUNK_BYTES;
         }
         to
     }
 }
 
-/// Header and frozen set as they stand in the `staged` file; zeros follow.
+/// Header and frozen set as they stand in the `staged` file.
 pub(crate) fn encode_staged(size_bytes: u64, set: &FrozenSet) -> Vec<u8> {
     let mut bytes = vec![0u8; HEADER_BYTES as usize];
     let fields: [&[u8]; 5] =
@@ -191,6 +169,7 @@ pub(crate) fn encode_staged(size_bytes: u64, set: &FrozenSet) -> Vec<u8> {
         to.copy_from_slice(&head);
     }
     bytes.extend(set.words.iter().flat_map(|word| word.to_le_bytes()));
+    bytes.resize(bytes.len() + set.chunks as usize, 0);
     bytes
 }
 
@@ -199,8 +178,6 @@ pub(crate) fn encode_staged(size_bytes: u64, set: &FrozenSet) -> Vec<u8> {
 pub struct StagedView {
     file: File,
     frozen: FrozenSet,
-    /// Of the volume.
-    strips: u64,
 }
 
 impl StagedView {
@@ -212,7 +189,7 @@ impl StagedView {
         let field = |at: usize| head.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
         let (size, chunks) = (field(16), field(24));
         let invalid =
-            || BlockError::Stage(io::Error::new(io::ErrorKind::InvalidData, "not a staged file of version 2"));
+            || BlockError::Stage(io::Error::new(io::ErrorKind::InvalidData, "not a staged file of version 1"));
         if !head.starts_with(MAGIC) || field(8) as u32 != VERSION || chunks != size.div_ceil(CHUNK_BYTES) {
             return Err(invalid());
         }
@@ -227,7 +204,7 @@ impl StagedView {
         if spare > 0 && words.last().is_some_and(|word| word >> spare != 0) {
             return Err(invalid());
         }
-        Ok(Self { frozen: FrozenSet { chunks, words }, strips: size.div_ceil(STRIP_BYTES), file })
+        Ok(Self { frozen: FrozenSet { chunks, words }, file })
     }
 
     /// The set.
@@ -237,20 +214,13 @@ impl StagedView {
 
     /// The chunk as it was is complete in the stage file.
     pub fn is_staged(&self, chunk: u64) -> Result<bool, BlockError> {
-        let strips = self.staged_strips(chunk)?;
-        Ok(!strips.is_empty() && strips.iter().all(|staged| *staged))
+        let mut byte = [0u8];
+        let at = staged_at(self.frozen.chunks, chunk.min(self.frozen.chunks.saturating_sub(1)));
+        self.file.read_exact_at(&mut byte, at).map_err(BlockError::Stage)?;
+        Ok(byte == [1])
     }
 
-    /// For each [`STRIP_BYTES`] of a chunk, as far as the volume reaches: whether it is in the stage file as it was.
-    pub fn staged_strips(&self, chunk: u64) -> Result<Vec<bool>, BlockError> {
-        let strips = strips_of(chunk, self.strips);
-        let mut marks = vec![0u8; (strips.end - strips.start) as usize];
-        let at = staged_at(self.frozen.chunks, strips.start);
-        self.file.read_exact_at(&mut marks, at).map_err(BlockError::Stage)?;
-        Ok(marks.iter().map(|mark| *mark == 1).collect())
-    }
-
-    /// Copying failed at some time: strips that are not staged may have changed since. The snapshot is lost.
+    /// Copying failed at some time: chunks that are not staged may have changed since. The snapshot is lost.
     pub fn is_broken(&self) -> Result<bool, BlockError> {
         let mut flags = [0u8; 4];
         self.file.read_exact_at(&mut flags, BROKEN_AT).map_err(BlockError::Stage)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::clock::Clock;
 use super::core::Core;
 use super::files::Descriptors;
-use super::freeze::{FreezeState, strips_of};
+use super::freeze::FreezeState;
 use super::shared::{Mail, Shared, Signal};
 use crate::raw::execute;
 use crate::{BlockError, IoError, Operation, Request};
@@ -127,8 +127,7 @@ impl Core {
     /// Nothing remains to be done about a chunk that was to be staged.
     pub(super) fn is_copied(&mut self, chunk: u64) -> bool {
         let coord = self.shared.coord();
-        let (freeze, mut strips) = (&coord.freeze, strips_of(chunk, coord.freeze.staged.chunks));
-        !strips.any(|strip| freeze.copies.contains(&strip) || !self.demands.is_empty() && freeze.needs_copy(strip))
+        !coord.freeze.copies.contains(&chunk) && (self.demands.is_empty() || !coord.freeze.needs_copy(chunk))
     }
 
     /// A chunk that one of this queue's requests waits for.

@@ -1,9 +1,9 @@
-//! The volume's own work: flush runs, copies to the stage and the preparation of a freeze.
+//! The volume's own work: flush runs, chunk copies and the preparation of a freeze.
 
 use std::time::Instant;
 
 use super::core::{COPIES_MAX, Core, DEMANDS_MAX};
-use super::freeze::{BROKEN_AT, FreezeState, STRIP_BYTES, staged_at};
+use super::freeze::{BROKEN_AT, FreezeState, staged_at};
 use super::op::{FileId, Kind, PrepareStep, Purpose};
 use super::shared::{Cause, Coord, Effect, FlushRun, Kept, Source};
 use crate::Operation;
@@ -269,11 +269,10 @@ impl Core {
     /// Starts what the agent asked for, as far as copies may run at once.
     pub(super) fn run_demands(&mut self, coord: &mut Coord) {
         while coord.freeze.copies.len() < DEMANDS_MAX
-            && let Some(chunk) = self.demands.front()
+            && let Some(chunk) = self.demands.pop_front()
         {
-            match coord.freeze.next_copy(*chunk) {
-                Some(strip) => self.want_copy(strip, coord),
-                None => drop(self.demands.pop_front()),
+            if coord.freeze.needs_copy(chunk) {
+                self.want_copy(chunk, coord);
             }
         }
         if !self.demands.is_empty() && !coord.freeze.hindered.contains(&self.id) {
@@ -281,35 +280,23 @@ impl Core {
         }
     }
 
-    /// Has what a write is going to change copied to the stage, as far as copies may run at once.
-    pub(super) fn want_copies(&mut self, from: u64, to: u64, coord: &mut Coord) {
-        for strip in from / STRIP_BYTES..to.div_ceil(STRIP_BYTES) {
-            if coord.freeze.copies.len() >= COPIES_MAX {
-                break;
-            }
-            if coord.freeze.needs_copy(strip) {
-                self.want_copy(strip, coord);
-            }
-        }
-    }
-
-    /// Has a strip copied to the stage unless that is under way, or too many are: then whoever needs it asks again when
+    /// Has a chunk copied to the stage unless that is under way, or too many are: then whoever needs it asks again when
     /// one of those ends.
-    fn want_copy(&mut self, strip: u64, coord: &mut Coord) {
-        if coord.freeze.copies.contains(&strip) || coord.freeze.copies.len() >= COPIES_MAX {
+    pub(super) fn want_copy(&mut self, chunk: u64, coord: &mut Coord) {
+        if coord.freeze.copies.contains(&chunk) || coord.freeze.copies.len() >= COPIES_MAX {
             return;
         }
-        coord.freeze.copies.push(strip);
+        coord.freeze.copies.push(chunk);
         let index = self.ops.take();
         let birth = coord.birth();
-        let buffer = self.buffers.take(STRIP_BYTES as usize);
-        let start = strip * STRIP_BYTES;
-        let end = (start + STRIP_BYTES).min(coord.bits.size_bytes());
+        let buffer = self.buffers.take(CHUNK_BYTES as usize);
+        let start = chunk * CHUNK_BYTES;
+        let end = (start + CHUNK_BYTES).min(coord.bits.size_bytes());
         if let Some(op) = self.ops.get(index) {
-            op.begin(Kind::Copy { strip }, birth, start, end);
+            op.begin(Kind::Copy { chunk }, birth, start, end);
             op.buffer = Some(buffer);
             op.token = coord.freeze.attempt;
-            op.mark = staged_at(coord.freeze.frozen.chunks, strip);
+            op.mark = staged_at(coord.freeze.frozen.chunks, chunk);
         }
         self.pump_copy(index, coord);
     }
@@ -325,9 +312,9 @@ impl Core {
                 // Thawed while it waited for the base.
                 op.error = Some(libc::ECANCELED);
                 if op.in_flight == 0
-                    && let Kind::Copy { strip } = op.kind
+                    && let Kind::Copy { chunk } = op.kind
                 {
-                    self.end_copy(index, strip, coord);
+                    self.end_copy(index, chunk, coord);
                 }
                 return;
             }
@@ -347,7 +334,7 @@ impl Core {
 
     fn advance_copy(&mut self, index: usize, ended: Purpose) {
         let Some(op) = self.ops.get(index) else { return };
-        let Kind::Copy { strip } = op.kind else { return };
+        let Kind::Copy { chunk } = op.kind else { return };
         if op.in_flight > 0 {
             return;
         }
@@ -363,21 +350,21 @@ impl Core {
             Purpose::CopyRead if error.is_none() => {
                 self.start_internal(index, Purpose::CopyWrite, FileId::Stage, start, length);
             }
-            // The mark comes after the strip, and either mark before any write that waited for it.
+            // The mark comes after the chunk, and either mark before any write that waited for it.
             Purpose::CopyRead | Purpose::CopyWrite if error.is_some_and(|errno| errno != libc::ECANCELED) => {
                 self.start_internal(index, Purpose::CopyMark, FileId::Staged, BROKEN_AT, ONE.len());
             }
             Purpose::CopyWrite if error.is_none() => {
                 self.start_internal(index, Purpose::CopyMark, FileId::Staged, mark, 1);
             }
-            _ => self.with(|core, coord| core.end_copy(index, strip, coord)),
+            _ => self.with(|core, coord| core.end_copy(index, chunk, coord)),
         }
     }
 
-    fn end_copy(&mut self, index: usize, strip: u64, coord: &mut Coord) {
+    fn end_copy(&mut self, index: usize, chunk: u64, coord: &mut Coord) {
         let Some((error, attempt)) = self.ops.get(index).map(|op| (op.error, op.token)) else { return };
         let freeze = &mut coord.freeze;
-        freeze.copies.retain(|each| *each != strip);
+        freeze.copies.retain(|each| *each != chunk);
         match error {
             _ if !freeze.is_frozen(attempt) => {}
             Some(errno) if !std::mem::replace(&mut freeze.broken, true) => {
@@ -385,11 +372,8 @@ impl Core {
             }
             Some(_) => {}
             None => {
-                freeze.staged.insert(strip);
-                let chunk = strip * STRIP_BYTES / CHUNK_BYTES;
-                if freeze.is_staged(chunk) {
-                    coord.effects.push(Effect::Staged(chunk));
-                }
+                freeze.staged.insert(chunk);
+                coord.effects.push(Effect::Staged(chunk));
             }
         }
         self.release(index);

@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 
 pub use files::{BaseFiles, VolumeFiles, presence_words};
 use files::{Descriptors, PresenceMap};
-pub use freeze::{FreezeState, FrozenSet, STRIP_BYTES, Stage, StagedView, staged_bytes};
+pub use freeze::{FreezeState, FrozenSet, Stage, StagedView, staged_bytes};
 use inline::Inline;
 pub use offline::OfflineVolume;
 use shared::{Alignment, Mail, Nobody, Parts, Presence, Shared};
@@ -344,7 +344,7 @@ impl LayeredVolume {
     }
 
     /// Fixes the point in time of a prepared freeze and lets writes go on: the DIRTY chunks become the frozen set, DIRTY is
-    /// cleared, and from now on every strip of the set's chunks is copied to the stage before it changes. The set is also written to
+    /// cleared, and from now on every chunk of the set is copied to the stage before it changes. The set is also written to
     /// the head of `stage.staged`.
     ///
     /// # Errors
@@ -435,15 +435,10 @@ impl LayeredVolume {
 fn write_stage(stage: &Stage, size: u64, set: &FrozenSet) -> io::Result<()> {
     files::set_direct(&stage.file, false)?;
     stage.file.set_len(size)?;
-    let length = stage.staged.metadata()?.len();
-    if length < staged_bytes(size) {
+    if stage.staged.metadata()?.len() < staged_bytes(size) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the staged file is too short"));
     }
-    let head = freeze::encode_staged(size, set);
-    // No mark of an earlier freeze; a hole, because writes wait for this.
-    stage.staged.set_len(head.len() as u64)?;
-    stage.staged.set_len(length)?;
-    stage.staged.write_at(&head, 0)
+    stage.staged.write_at(&freeze::encode_staged(size, set), 0)
 }
 
 impl Volume for LayeredVolume {

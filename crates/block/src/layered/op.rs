@@ -24,8 +24,8 @@ pub(crate) enum Kind {
     Guest(Operation),
     /// Makes durable what was written; answers all that wait for it.
     FlushRun(FlushRun),
-    /// Copies one strip to the stage.
-    Copy { strip: u64 },
+    /// Copies one chunk to the stage.
+    Copy { chunk: u64 },
     /// Prepares a freeze.
     Prepare(PrepareStep),
 }
@@ -67,7 +67,7 @@ pub(crate) struct Op {
     pub(crate) birth: u64,
     /// Flush run that answers it.
     pub(crate) ticket: u64,
-    /// The strip being copied.
+    /// The chunk being copied.
     pub(crate) buffer: Option<Buffer>,
     /// Where in `staged` its completion is marked (as of the freeze: the volume may grow).
     pub(crate) mark: u64,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use super::buffer::Buffer;
-use super::freeze::{Freeze, FreezeState, FrozenSet, STRIP_BYTES};
+use super::freeze::{Freeze, FreezeState, FrozenSet};
 use super::sync::{Mutex, MutexGuard, Notice};
 use crate::limit::Limiter;
 use crate::map::log::{ENTRIES_MAX, LOG_BLOCKS, may_hold};
@@ -471,7 +471,7 @@ impl Coord {
         for chunk in set.iter() {
             self.bits.clear_dirty(chunk);
         }
-        let staged = FrozenSet::of(self.bits.size_bytes().div_ceil(STRIP_BYTES), &[]);
+        let staged = FrozenSet::of(set.chunks, &[]);
         self.freeze.reset();
         self.freeze.state = FreezeState::Frozen;
         (self.freeze.frozen, self.freeze.staged) = (set, staged);

@@ -63,7 +63,7 @@ impl Core {
             }
             let stop = coord.freeze.free_until(next, end);
             if stop == next {
-                self.want_copies(next, end, coord);
+                self.want_copy(next / CHUNK_BYTES, coord);
                 return self.block(index, coord);
             }
             let block = next / BLOCK_BYTES;

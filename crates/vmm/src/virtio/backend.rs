@@ -1,7 +1,6 @@
 //! The I/O thread's half of a device.
 
 use std::os::fd::RawFd;
-use std::time::Instant;
 
 use super::DeviceStats;
 use super::queue::{QueueError, VirtQueue};
@@ -78,17 +77,6 @@ pub(crate) trait Backend: Send {
     /// Whether the driver has added something since the last `run`, whose notification [`rest`](Self::rest) has not asked for yet.
     fn has_chains(&self) -> bool {
         false
-    }
-
-    /// Since when [`run`](Self::run) has held an interrupt back, because more is about to complete. Who ran it lets it out by
-    /// [`signal`](Self::signal), soon, and always before the thread sleeps or works for others.
-    fn holds_since(&self) -> Option<Instant> {
-        None
-    }
-
-    /// Interrupts the driver, if it wants that, for everything that was given back.
-    fn signal(&mut self) -> Result<(), Broken> {
-        Ok(())
     }
 
     /// What is behind the device is to be given back: requests in flight finish, new ones are refused, and writes become

@@ -218,7 +218,6 @@ impl IoLoop {
     /// Waits until a device can run or something has happened; returns the number of `events`.
     fn wait(&mut self, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, VirtioError> {
         if self.is_busy() {
-            self.signal(None);
             self.rest();
             return look(&self.epoll, 0, events);
         }
@@ -228,7 +227,6 @@ impl IoLoop {
         {
             return Ok(count);
         }
-        self.signal(None);
         self.rest();
         if timeout == 0 || self.is_busy() {
             return look(&self.epoll, 0, events);
@@ -243,7 +241,6 @@ impl IoLoop {
         let (window, paused) = (self.patience.window(began), self.paused);
         let mut now = began;
         while now.duration_since(began) < window {
-            self.signal(Some(now));
             for device in self.devices.iter_mut().filter(|device| device.awake && !paused && device.moves()) {
                 device.runnable = device.backend.has_chains();
             }
@@ -260,19 +257,6 @@ impl IoLoop {
             }
         }
         Ok(None)
-    }
-
-    /// Lets out the interrupts that devices hold back: at `now` those that have been held for long enough, else all.
-    fn signal(&mut self, now: Option<Instant>) {
-        let longest = self.patience.hold();
-        let is_due = |since| now.is_none_or(|now| now.duration_since(since) >= longest);
-        for device in &mut self.devices {
-            if device.backend.holds_since().is_some_and(is_due)
-                && let Err(error) = device.backend.signal()
-            {
-                device.break_down(&error);
-            }
-        }
     }
 
     fn is_busy(&self) -> bool {

@@ -13,8 +13,6 @@ const LOOKS: u32 = 1000;
 const BOUNDS: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
 /// The shortest poll is this part of the longest.
 const STEPS: u32 = 8;
-/// Interrupts are held back for this part of the longest poll at most.
-const HOLDS: u32 = 8;
 /// No polls for so long after somebody else took the processor.
 const MODESTY: Duration = Duration::from_millis(100);
 
@@ -37,11 +35,6 @@ impl Patience {
     #[cfg(test)]
     pub(super) fn of(window: Duration) -> Self {
         Self { window, longest: window, modest_until: None }
-    }
-
-    /// How long an interrupt may be held back for others, while the thread looks for work.
-    pub(super) fn hold(&self) -> Duration {
-        self.longest / HOLDS
     }
 
     /// How long to look for work before sleeping.

@@ -8,12 +8,11 @@ use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 
 use super::disk::SimDisk;
-use super::staged::new_staged;
 use super::world::{Agent, BASE, CHUNK_SECTORS, CHUNKS, SIZE, base_value, fill, open, value_of};
 use crate::layered::buffer::{gather, scatter};
 use crate::layered::clock::Clock;
-use crate::layered::core::{Core, DEMANDS_MAX};
-use crate::layered::freeze::{FrozenSet, STRIP_BYTES, staged_at};
+use crate::layered::core::Core;
+use crate::layered::freeze::{FrozenSet, encode_staged, staged_at};
 use crate::layered::op::FileId;
 use crate::layered::shared::{Alignment, Mail, Shared, Signal};
 use crate::layered::sync::MODELLED;
@@ -80,7 +79,7 @@ impl Volume {
         chunks.iter().for_each(|chunk| queue.write(chunk * CHUNK_SECTORS, 5));
         let mut coord = self.shared.coord();
         let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
-        self.disk.write(FileId::Staged, 0, &new_staged(SIZE, &set), true);
+        self.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
         coord.begin_freeze(set);
     }
 
@@ -203,7 +202,7 @@ impl Volume {
                 // SAFETY: as above.
                 unsafe { gather(iovecs, &mut bytes) };
                 if file == FileId::Data {
-                    self.check_staged(offset);
+                    self.check_staged(offset / CHUNK_BYTES);
                 }
                 self.disk.write(file, offset, &bytes, true);
                 bytes.len() as u64
@@ -222,13 +221,13 @@ impl Volume {
         }
     }
 
-    /// Nothing of a frozen set changes before its mark.
-    fn check_staged(&self, offset: u64) {
+    /// No chunk of a frozen set changes before its mark.
+    fn check_staged(&self, chunk: u64) {
         let coord = self.shared.coord();
-        if coord.freeze.frozen.contains(offset / CHUNK_BYTES) {
+        if coord.freeze.frozen.contains(chunk) {
             let mut mark = [0];
-            self.disk.read(FileId::Staged, staged_at(CHUNKS, offset / STRIP_BYTES), &mut mark);
-            assert_eq!(mark, [1], "byte {offset} changes before it is in the stage");
+            self.disk.read(FileId::Staged, staged_at(CHUNKS, chunk), &mut mark);
+            assert_eq!(mark, [1], "chunk {chunk} changes before it is in the stage");
         }
     }
 }
@@ -300,7 +299,7 @@ fn a_frozen_chunk_is_handed_over_before_it_changes() {
         {
             let mut coord = volume.shared.coord();
             let set = FrozenSet::of(CHUNKS, &coord.bits.dirty_chunks());
-            volume.disk.write(FileId::Staged, 0, &new_staged(SIZE, &set), true);
+            volume.disk.write(FileId::Staged, 0, &encode_staged(SIZE, &set), true);
             coord.begin_freeze(set);
         }
         let threads: Vec<_> = (0..2u64)
@@ -353,11 +352,10 @@ fn a_write_does_not_wait_for_all_that_the_agent_asks_for() {
             assert!(queue.step(), "the write waits for nothing");
         }
         let staged = volume.shared.coord().freeze.staged.len();
-        assert!(staged <= 2 * DEMANDS_MAX as u64 + 1, "{staged} strips came first");
+        assert!(staged <= 3, "{staged} chunks came first");
         queue.core.pop_done().unwrap().result.unwrap();
         while queue.step() {}
-        // All of the five, and of the other only what was about to change.
-        assert_eq!(volume.shared.coord().freeze.staged.len(), 5 * CHUNK_BYTES / STRIP_BYTES + 1);
+        assert_eq!(volume.shared.coord().freeze.staged.len(), 6);
     });
 }
 
@@ -367,12 +365,12 @@ fn what_the_agent_asks_for_goes_on_when_another_queue_has_copied() {
     check_once(|| {
         let volume = Volume::new();
         let (mut asked, mut busy) = (volume.queue(), volume.queue());
-        volume.freeze(&mut asked, &[2, 3]);
-        let mut bytes = [[0; 512]; DEMANDS_MAX];
-        for (strip, bytes) in (0..).zip(&mut bytes) {
-            busy.begin_write(2 * CHUNK_SECTORS + strip * STRIP_BYTES / 512, bytes);
+        volume.freeze(&mut asked, &[2, 3, 4]);
+        let mut bytes = [[0; 512]; 2];
+        for (chunk, bytes) in (2..).zip(&mut bytes) {
+            busy.begin_write(chunk * CHUNK_SECTORS, bytes);
         }
-        volume.demand(3);
+        volume.demand(4);
         asked.core.turn();
         assert!(!asked.step(), "there is no room");
         asked.bell.wait();
@@ -380,7 +378,7 @@ fn what_the_agent_asks_for_goes_on_when_another_queue_has_copied() {
         asked.bell.wait();
         asked.core.turn();
         while asked.step() {}
-        assert_eq!(volume.shared.coord().freeze.staged.len(), DEMANDS_MAX as u64 + CHUNK_BYTES / STRIP_BYTES);
+        assert_eq!(volume.shared.coord().freeze.staged.len(), 3);
         while busy.core.pop_done().is_some() {}
     });
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::disk::Died;
 use super::schedule::Marks;
-use super::world::{BASE, Instant, World, open};
+use super::world::{BASE, World, open};
 use crate::layered::freeze::{BROKEN_AT, FrozenSet};
 use crate::layered::op::FileId;
 use crate::layered::{clear_dirty, close, grow, mark_in_use, open_map};
@@ -245,8 +245,7 @@ impl World {
         let clears = self.rng.chance(2);
         if clears {
             let chunks = self.shared.coord().bits.chunks();
-            let set = FrozenSet::of(chunks, &self.dirty());
-            self.instant = Some(Instant { set, size: self.size, possible: self.possible() });
+            self.instant = Some((FrozenSet::of(chunks, &self.dirty()), self.possible()));
             self.finish_snapshot(Marks::None);
             self.during = During::Clearing;
             self.light_fuse(12);

@@ -5,15 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::disk::SECTOR;
-use super::staged::new_staged;
-use super::world::{CHUNK_SECTORS, Instant, Value, World, base_value, fill, is_met, key, value_of};
-use crate::layered::freeze::{FreezeState, FrozenSet, STRIP_BYTES, staged_at, strips_of};
+use super::world::{CHUNK_SECTORS, Value, World, base_value, is_met, key, value_of};
+use crate::layered::freeze::{FreezeState, FrozenSet, encode_staged, staged_at};
 use crate::layered::op::FileId;
 use crate::layered::shared::Mail;
-use crate::map::CHUNK_BYTES;
 use crate::xts::Xts;
-
-const STRIP_SECTORS: u64 = STRIP_BYTES / SECTOR as u64;
 
 /// Chunks of a frozen set that are in the stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,22 +71,20 @@ impl World {
             FreezeState::Ready => {
                 assert!(coord.is_quiet());
                 let set = FrozenSet::of(coord.bits.chunks(), &coord.bits.dirty_chunks());
-                self.disk.write(FileId::Staged, 0, &new_staged(self.size, &set), true);
+                self.disk.write(FileId::Staged, 0, &encode_staged(self.size, &set), true);
                 let possible = self.possible();
                 coord.begin_freeze(set.clone());
-                // What no request ever meets: copying it again and again shows nothing.
-                let strips = set.iter().flat_map(|chunk| strips_of(chunk, self.size.div_ceil(STRIP_BYTES)));
-                for strip in strips.filter(|strip| !self.is_met_strip(*strip)) {
-                    self.stage_base(strip);
-                    coord.freeze.staged.insert(strip);
-                    self.disk.write(FileId::Staged, staged_at(set.chunks, strip), &[1], true);
+                // Chunks that no request ever meets: copying them again and again shows nothing.
+                for chunk in set.iter().filter(|chunk| !is_met(*chunk)) {
+                    coord.freeze.staged.insert(chunk);
+                    self.disk.write(FileId::Staged, staged_at(set.chunks, chunk), &[1], true);
                 }
                 coord.wake_blocked(None);
-                self.instant = Some(Instant { set, size: self.size, possible });
+                self.instant = Some((set, possible));
             }
             FreezeState::Frozen => {
-                let set = self.instant.as_ref().unwrap().set.clone();
-                let left: Vec<u64> = set.iter().filter(|chunk| !coord.freeze.is_staged(*chunk)).collect();
+                let set = self.instant.as_ref().unwrap().0.clone();
+                let left: Vec<u64> = set.iter().filter(|chunk| coord.freeze.needs_copy(*chunk)).collect();
                 if coord.freeze.broken || (!left.is_empty() && self.rng.chance(150)) {
                     coord.end_freeze(true);
                     coord.wake_blocked(None);
@@ -113,7 +107,7 @@ impl World {
     /// The agent takes the frozen chunks, from the stage where they are there and else from the volume, and the snapshot with
     /// what earlier ones had is the volume at its instant.
     pub(super) fn finish_snapshot(&mut self, marks: Marks) {
-        let Instant { set, size, possible } = self.instant.take().unwrap();
+        let (set, possible) = self.instant.take().unwrap();
         let mut sectors: Vec<u64> =
             self.histories.keys().copied().filter(|sector| set.contains(sector / CHUNK_SECTORS)).collect();
         for chunk in set.iter() {
@@ -121,11 +115,10 @@ impl World {
             let extra = if is_met(chunk) { 4 } else { u64::from(self.rng.chance(20)) };
             sectors.extend((0..extra).map(|_| chunk * CHUNK_SECTORS + self.rng.below(CHUNK_SECTORS)));
         }
-        // What the volume has grown by since is not in it.
-        for sector in sectors.into_iter().filter(|sector| *sector < size / 512) {
+        for sector in sectors {
             let mut mark = [0];
             if marks != Marks::None {
-                self.disk.read(FileId::Staged, staged_at(set.chunks, sector / STRIP_SECTORS), &mut mark);
+                self.disk.read(FileId::Staged, staged_at(set.chunks, sector / CHUNK_SECTORS), &mut mark);
             }
             assert!(mark == [1] || marks != Marks::All);
             let value = if mark == [1] { self.stored(FileId::Stage, sector) } else { self.content(sector) };
@@ -141,33 +134,6 @@ impl World {
             }
         }
         self.snapshots += 1;
-    }
-
-    /// Requests may meet the strip, or have.
-    fn is_met_strip(&self, strip: u64) -> bool {
-        let (first, inside) = (strip * STRIP_SECTORS, strip % (CHUNK_BYTES / STRIP_BYTES));
-        let is_edge = !(2..14).contains(&inside) || first + 3 * STRIP_SECTORS > self.size / 512;
-        let was_met = || (first..first + STRIP_SECTORS).any(|sector| self.histories.contains_key(&sector));
-        is_met(first / CHUNK_SECTORS) && (is_edge || was_met())
-    }
-
-    /// Puts a strip that was never written into the stage.
-    fn stage_base(&self, strip: u64) {
-        let first = strip * STRIP_SECTORS;
-        let values = (first..).zip(vec![[0u8; SECTOR]; STRIP_SECTORS as usize]).map(|(sector, mut bytes)| {
-            match base_value(sector) {
-                0 => {}
-                value => fill(value, sector, &mut bytes),
-            }
-            bytes
-        });
-        let mut bytes: Vec<u8> = values.flatten().collect();
-        if bytes.iter().any(|byte| *byte != 0) {
-            if self.keys {
-                Xts::new(&key(1)).encrypt(&mut bytes, first * 512);
-            }
-            self.disk.write(FileId::Stage, first * 512, &bytes, true);
-        }
     }
 
     /// What a read of each sector may return now.

@@ -37,15 +37,6 @@ pub(super) fn is_met(chunk: u64) -> bool {
 /// Contents are numbers: 0 is zeros, others fill a sector so that a misplaced one is noticed.
 pub(super) type Value = u64;
 
-/// The point in time of a snapshot.
-#[derive(Clone)]
-pub(super) struct Instant {
-    pub(super) set: FrozenSet,
-    pub(super) size: u64,
-    /// What each sector may hold.
-    pub(super) possible: HashMap<u64, Vec<Value>>,
-}
-
 pub(super) fn base_value(sector: u64) -> Value {
     let blank = sector.is_multiple_of(29);
     if BASE.contains(&(sector / CHUNK_SECTORS)) && !blank { 1 << 60 | sector } else { 0 }
@@ -184,7 +175,7 @@ pub(super) struct World {
     pub(super) failures: u64,
     /// What incremental snapshots have gathered, and the instant of the one in progress.
     pub(super) backup: HashMap<u64, Value>,
-    pub(super) instant: Option<Instant>,
+    pub(super) instant: Option<(FrozenSet, HashMap<u64, Vec<Value>>)>,
     pub(super) snapshots: u64,
     pub(super) buffers: BufferPool,
 }

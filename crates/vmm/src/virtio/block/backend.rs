@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use hearth_block::{BlockError, Completion, Operation, Request, VolumeQueue};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
@@ -22,9 +21,6 @@ const IN_FLIGHT_MAX: usize = 256;
 const LAST_FLUSH: u64 = u64::MAX;
 /// Rounds over the queues before other devices get their turn.
 const ROUNDS: usize = 8;
-/// An interrupt waits for others as long as this many times as much is in flight as it would tell of: the driver has the rest to wait for
-/// anyhow (Ahmad et al., "vIC: Interrupt Coalescing for Virtual Machine Storage Device IO", USENIX ATC 2011).
-const HOLD: usize = 4;
 
 /// One request between its chain and its used entry.
 struct Pending {
@@ -82,9 +78,6 @@ pub(crate) struct BlockBackend {
     free: Vec<usize>,
     completions: Vec<Completion>,
     write_through: bool,
-    /// Given back since the last interrupt, and since when one is held back.
-    untold: usize,
-    held_since: Option<Instant>,
     stats: DiskStats,
 }
 
@@ -115,8 +108,6 @@ impl BlockBackend {
             free: Vec::new(),
             completions: Vec::new(),
             write_through: false,
-            untold: 0,
-            held_since: None,
             stats: DiskStats::default(),
         }
     }
@@ -353,21 +344,12 @@ impl BlockBackend {
         if let Some(Some(queue)) = self.queues.get_mut(pending.queue) {
             queue.store_byte(pending.status_address, status as u8)?;
             queue.push_used(pending.head, pending.written)?;
-            // Somebody waits for a flush, whatever else is in flight.
-            self.untold =
-                self.untold.saturating_add(if pending.operation == Operation::Flush { usize::MAX } else { 1 });
         }
         Ok(())
     }
 
-    /// Whether to wait for more before the driver is interrupted.
-    fn hold(&mut self) -> bool {
-        let active = self.io.as_ref().map_or(0, |io| io.active());
-        let hold = self.untold > 0 && self.untold.saturating_mul(HOLD) < active;
-        if hold {
-            self.held_since.get_or_insert_with(Instant::now);
-        }
-        hold
+    fn signal(&mut self) -> Result<(), QueueError> {
+        self.started().try_for_each(VirtQueue::signal_used)
     }
 
     fn started(&mut self) -> impl Iterator<Item = &mut VirtQueue> {
@@ -439,9 +421,7 @@ impl Backend for BlockBackend {
                 continue;
             }
             // Notifications stay off until the thread sleeps.
-            if !self.hold() {
-                self.signal()?;
-            }
+            self.signal()?;
             return Ok(false);
         }
         self.signal()?;
@@ -461,15 +441,6 @@ impl Backend for BlockBackend {
 
     fn has_chains(&self) -> bool {
         self.has_room() && self.queues.iter().flatten().any(VirtQueue::has_chains)
-    }
-
-    fn holds_since(&self) -> Option<Instant> {
-        self.held_since
-    }
-
-    fn signal(&mut self) -> Result<(), Broken> {
-        (self.untold, self.held_since) = (0, None);
-        Ok(self.started().try_for_each(VirtQueue::signal_used)?)
     }
 
     fn retire(&mut self) {

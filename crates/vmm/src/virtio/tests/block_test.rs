@@ -260,64 +260,6 @@ fn who_asks_again_while_the_thread_looks_for_work_need_not_notify() {
     }
 }
 
-/// Of 20 requests in flight, single ones do not interrupt the driver: four do, or time, or that the thread is about to sleep, or a flush.
-#[test]
-fn an_interrupt_waits_for_others_while_much_is_in_flight() {
-    let held = Held::new();
-    let volume = held.clone();
-    let mut machine = Machine::new(|builder| builder.add_volume("vol1", Arc::new(volume), 1).unwrap());
-    let (_, mut queues) = Driver::start(&mut machine, 1, ALL & !EVENT_IDX, 128);
-    let (head, data, status) = (machine.allocate(16), machine.allocate(512), machine.allocate(1));
-    let mut ask = |machine: &mut Machine, count: usize| {
-        for _ in 0..count {
-            queues[0].add(machine, &[(head, 16)], &[(data, 512), (status, 1)]);
-        }
-        queues[0].kick(machine);
-        machine.io.turn(0);
-    };
-    machine.fill(head, &header(0, 0));
-    ask(&mut machine, 20);
-    assert_eq!(held.waiting(), 20);
-    machine.msi.take();
-    machine.io.be_patient(Duration::from_secs(60));
-    for (done, told) in [(1, 0), (2, 0), (1, 1), (3, 0), (1, 1)] {
-        held.release(done, true);
-        machine.io.turn(60_000);
-        assert_eq!(machine.msi.take().len(), told, "{done} more are done");
-    }
-    // Time: it is told before the next one is done.
-    machine.io.be_patient(Duration::from_millis(160));
-    held.release(1, true);
-    machine.io.turn(60_000);
-    assert!(machine.msi.take().is_empty());
-    let (later, next) = (held.clone(), Duration::from_millis(60));
-    let later = std::thread::spawn(move || {
-        std::thread::sleep(next);
-        later.release(1, true);
-    });
-    // The first of these turns may end because the volume's descriptor can be written again.
-    machine.io.turn(60_000);
-    machine.io.turn(60_000);
-    assert!(!machine.msi.take().is_empty());
-    later.join().unwrap();
-    // Sleep.
-    machine.io.turn(0);
-    assert_eq!(machine.msi.take().len(), 1);
-    // A flush, while ten others are in flight; and the last ones.
-    held.release(100, true);
-    machine.io.turn(60_000);
-    assert!(held.waiting() == 0 && machine.msi.take().len() == 1);
-    machine.io.be_patient(Duration::from_secs(60));
-    machine.fill(head, &header(4, 0));
-    ask(&mut machine, 1);
-    machine.fill(head, &header(0, 0));
-    ask(&mut machine, 10);
-    assert_eq!(held.waiting(), 11);
-    held.release(1, true);
-    machine.io.turn(60_000);
-    assert_eq!(machine.msi.take().len(), 1);
-}
-
 #[test]
 fn interrupts_are_held_back_when_the_driver_says_so() {
     // EVENT_IDX: none before the used index passes used_event.
