@@ -402,28 +402,3 @@ async fn a_guest_that_never_stops_reading_is_noted_for_two_minutes() {
         before.len() < 48 && noted.len().abs_diff(before.len()) <= 1 && before.starts_with(&noted[..before.len() - 1])
     );
 }
-
-#[test]
-fn what_is_fetched_ahead_leaves_room_for_what_somebody_waits_for() {
-    let mut wanted = Wanted::default();
-    for chunk in 0..40 {
-        wanted.known.insert(chunk);
-        wanted.ahead.push_back(chunk);
-    }
-    let hurry = |wanted: &mut Wanted, chunk| {
-        wanted.known.insert(chunk);
-        wanted.hurried.insert(chunk);
-        wanted.urgent.push_back(chunk);
-    };
-    hurry(&mut wanted, 100);
-    assert_eq!(wanted.next(), Some(100));
-    let ahead: Vec<u64> = std::iter::from_fn(|| wanted.next()).collect();
-    assert_eq!(ahead, Vec::from_iter(0..PARALLEL_AHEAD as u64), "more beside a chunk that somebody waits for");
-    hurry(&mut wanted, 101);
-    assert_eq!((wanted.next(), wanted.next()), (Some(101), None));
-    wanted.done(3);
-    assert_eq!((wanted.next(), wanted.next()), (Some(8), None), "one for each that came");
-    wanted.done(100);
-    wanted.done(101);
-    assert_eq!(std::iter::from_fn(|| wanted.next()).count(), 40 - 9, "nobody waits any more");
-}
