@@ -45,6 +45,15 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Ends an agent. Its threads go on, unlike a real one's: all that it asked for have begun when this returns, so that the next agent
+/// can see what they are making.
+async fn bury(agent: Agent) {
+    drop(agent);
+    // Tasks that were aborted are dropped when it is their turn.
+    tokio::task::yield_now().await;
+    tokio::task::spawn_blocking(|| std::thread::sleep(Duration::from_millis(2))).await.unwrap();
+}
+
 async fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
     let (world, mut wanted) = (World::new(), Wanted::default());
     let mut agent = Agent::start(&world);
@@ -73,7 +82,7 @@ async fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
                 agent.crash.after(after);
                 agent.crash.dead_or(Duration::from_secs(30)).await;
                 agent.crash.after(0);
-                drop(agent);
+                bury(agent).await;
                 agent = Agent::start(&world);
                 agent.supervisor.apply_host(wanted.all());
                 None
@@ -119,7 +128,7 @@ async fn live(steps: Vec<Step>) -> Result<(), TestCaseError> {
     }
     // One more agent finds the same.
     let before: Vec<_> = agent.host.reports.full().instances.iter().map(|r| (r.instance_id.clone(), r.state)).collect();
-    drop(agent);
+    bury(agent).await;
     let agent = Agent::start(&world);
     agent.supervisor.apply_host(wanted.all());
     for (instance, state) in before {

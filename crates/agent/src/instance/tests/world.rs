@@ -27,7 +27,7 @@ use crate::launch::{
 use crate::net::{HostNet, HostNetError, Metadata, NicRequest};
 use crate::reports::Reports;
 use crate::state::Layout;
-use crate::storage::{Bases, Fills, HostVolumes, Keyring, Snapshots, VolumeError};
+use crate::storage::{Bases, Fills, HostVolumes, Keyring, Snapshots};
 use crate::supervisor::Supervisor;
 
 pub const IMAGE: &str = "ami-0123456789abcdef0";
@@ -408,21 +408,16 @@ pub struct Agent {
     pub crash: CrashPoint,
 }
 
-/// A crash in a test ends the agent's tasks and not its threads, as a real one does: one may be making a volume in a folder that is
-/// being removed. It ends soon.
+/// A crash in a test ends the agent's tasks and not its threads, as a real one does: one may be making a volume in a folder that the
+/// next agent would remove, and give the rest of it the volume's name. It ends soon.
 fn volumes_after_a_crash(layout: &Layout, bases: &Arc<Bases>) -> HostVolumes {
     let end = std::time::Instant::now() + Duration::from_secs(20);
-    loop {
-        match HostVolumes::new(layout.clone(), bases.clone()) {
-            Ok(volumes) => return volumes,
-            Err(VolumeError::Io { source, .. })
-                if source.kind() == std::io::ErrorKind::DirectoryNotEmpty && std::time::Instant::now() < end =>
-            {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Err(error) => panic!("{error}"),
-        }
+    let is_new = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(".new-");
+    while std::fs::read_dir(layout.volumes()).into_iter().flatten().flatten().any(is_new) {
+        assert!(std::time::Instant::now() < end, "a volume is not made in 20 s");
+        std::thread::sleep(Duration::from_millis(1));
     }
+    HostVolumes::new(layout.clone(), bases.clone()).unwrap()
 }
 
 impl Agent {
