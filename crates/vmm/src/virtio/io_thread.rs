@@ -244,11 +244,9 @@ impl IoLoop {
             for device in self.devices.iter_mut().filter(|device| device.awake && !paused && device.moves()) {
                 device.runnable = device.backend.has_chains();
             }
-            if self.is_busy() {
-                return Ok(Some(0));
-            }
+            // Also when a driver has added something: commands and other devices do not wait until it pauses.
             let count = look(&self.epoll, 0, events)?;
-            if count > 0 {
+            if count > 0 || self.is_busy() {
                 return Ok(Some(count));
             }
             let before = std::mem::replace(&mut now, Instant::now());

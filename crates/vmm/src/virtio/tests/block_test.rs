@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use hearth_block::Operation;
@@ -8,6 +9,7 @@ use hearth_block::Operation;
 use super::driver::*;
 use super::machine::*;
 use super::volumes::Held;
+use crate::virtio::io_thread::Command;
 use crate::virtio::{Backing, Disk};
 
 const OK: u8 = 0;
@@ -249,8 +251,11 @@ fn who_asks_again_while_the_thread_looks_for_work_need_not_notify() {
         assert_eq!(held.waiting(), 1);
         for asked in 2..6 {
             assert!(!ask(&machine), "a notification that nobody needs");
+            let (reply, stats) = sync_channel(1);
+            machine.io.command(Command::Stats { reply });
             machine.io.turn(60_000);
             assert_eq!(held.waiting(), asked);
+            assert!(stats.try_recv().is_ok(), "a command waits until the driver pauses");
         }
         // Before it sleeps it sees what came since it last looked, and wants to be told of the next one.
         assert!(!ask(&machine));
