@@ -36,7 +36,7 @@ fn cpu_ms() -> f64 {
 }
 
 #[tokio::main]
-async fn main() {
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (wanted, parallel): (usize, usize) = (arguments[2].parse().unwrap(), arguments[3].parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
@@ -55,19 +55,20 @@ async fn main() {
         allow_http: true,
         ..S3Options::default()
     };
-    let objects = open_store("s3://cloud", &StoreOptions { s3, ..StoreOptions::default() }).unwrap();
-    let domain = KeyDomain::new(KeyDomainId::new("bench").unwrap(), &[7; 32]);
+    // No panic from here on: in a release build that would leave the server running.
+    let objects = open_store("s3://cloud", &StoreOptions { s3, ..StoreOptions::default() })?;
+    let domain = KeyDomain::new(KeyDomainId::new("bench")?, &[7; 32]);
     let store = ChunkStore::new(objects, domain);
-    let mut image = File::open(&arguments[1]).unwrap();
+    let mut image = File::open(&arguments[1])?;
     let mut chunks: Vec<ChunkRef> = Vec::new();
     let mut content = vec![0; CHUNK_BYTES];
     while chunks.len() < wanted && image.read_exact(&mut content).is_ok() {
-        chunks.extend(store.put_chunk(Epoch(0), content.clone().into()).await.unwrap());
+        chunks.extend(store.put_chunk(Epoch(0), content.clone().into()).await?);
     }
     let (began, cpu) = (Instant::now(), cpu_ms());
     let fetches = futures::stream::iter(&chunks).map(|chunk| store.get_chunk(chunk));
     let bytes = fetches.buffer_unordered(parallel).try_fold(0, |sum, chunk| async move { Ok(sum + chunk.len()) });
-    let bytes = bytes.await.unwrap();
+    let bytes = bytes.await?;
     let (seconds, cpu) = (began.elapsed().as_secs_f64(), cpu_ms() - cpu);
     println!(
         "{} chunks ({} MiB) in {seconds:.2} s, {:.1} ms of CPU for each",
@@ -75,4 +76,5 @@ async fn main() {
         bytes >> 20,
         cpu / chunks.len() as f64
     );
+    Ok(())
 }
